@@ -1,0 +1,77 @@
+"""LoRA: one low-rank update shared by all tasks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peml.adapters.base import Adapter, AdapterConfig, kaiming, positive, probability
+
+
+@dataclass(frozen=True)
+class LoRA(AdapterConfig):
+    """Add a trainable low-rank update to a frozen linear layer, the same for every task.
+
+        y = W x + s up' down x        s = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA
+
+    Paper: Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+    Init: down Kaiming-uniform, up zero, so a fresh adapter changes nothing.
+    Our choice: r 8, lora_alpha 16, dropout 0 (the multi-task repositories use r 8 and lora_alpha 16 or 32).
+
+    Args:
+        r: R, rank of the update.
+        lora_alpha: numerator of the scale.
+        lora_dropout: probability in [0, 1) of zeroing an entry of x before `down`; training only.
+        use_rslora: scale by 1/sqrt(r) instead of 1/r.
+
+    Shapes:
+        x (..., I), down (R, I), up (R, O) -> y (..., O).
+
+    Raises:
+        PemlError: r or lora_alpha not above 0, lora_dropout outside [0, 1).
+    """
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        positive("adapter.r", self.r)
+        positive("adapter.lora_alpha", self.lora_alpha)
+        probability("adapter.lora_dropout", self.lora_dropout)
+
+    @property
+    def scaling(self) -> float:
+        """s, the factor that lives in the core."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def build(self, in_features: int, out_features: int, num_tasks: int) -> LoRAAdapter:
+        """The adapter of one linear layer."""
+        return LoRAAdapter(self, in_features, out_features)
+
+    def num_parameters(self, in_features: int, out_features: int, num_tasks: int) -> int:
+        """R (I + O)."""
+        return self.r * (in_features + out_features)
+
+
+class LoRAAdapter(Adapter):
+    """`down [R, I]`, `up [R, O]`, core `s I`."""
+
+    def __init__(self, config: LoRA, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.scaling = config.scaling
+        self.lora_dropout = config.lora_dropout
+        self.down = kaiming(config.r, in_features)
+        self.up = nn.Parameter(torch.zeros(config.r, out_features))
+
+    def bank(self) -> tuple[Tensor, Tensor]:
+        """`down`, `up`."""
+        return self.down, self.up
+
+    def core(self, task_ids: Tensor | None) -> Tensor:
+        """`s I`, whatever the task."""
+        return torch.eye(self.down.shape[0], dtype=self.down.dtype, device=self.down.device) * self.scaling

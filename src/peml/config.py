@@ -1,0 +1,154 @@
+"""`PemlConfig`: task names, one adapter, one prompt, and where they attach."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from peft import PeftConfig
+
+from peml.adapters import ADAPTERS, AdapterConfig
+from peml.errors import PemlError
+from peml.prompts import PROMPTS, PromptConfig
+
+Part = TypeVar("Part", AdapterConfig, PromptConfig)
+
+
+@dataclass
+class PemlConfig(PeftConfig):
+    """Configuration of one multi-task adapter: a point on the axes adapter x prompt.
+
+    Args:
+        task_names: names of the tasks; ids follow their order. Saved with the adapter.
+        adapter: what is added to the frozen linear layers, e.g. `peml.LoRA(r=8)`; None: nothing.
+        prompt: what is put in front of attention's keys and values, e.g. `peml.PrefixNAS()`; None: nothing.
+        target_modules: linear layers to adapt: names, a regular expression, or "all-linear".
+        exclude_modules: layers to leave out, by name or regular expression.
+        layers_to_transform: indices of the layers to adapt; None: all.
+        layers_pattern: name of the module list that these indices count, where it is not the usual one.
+        modules_to_save: modules of the base that are trained and saved in full.
+
+    Raises:
+        PemlError: no or repeated task names, neither adapter nor prompt, or an unknown setting of one of them.
+    """
+
+    task_names: list[str] = field(default_factory=list, metadata={"help": "Names of the tasks; ids follow the order."})
+    adapter: AdapterConfig | None = field(default=None, metadata={"help": "Adapter of the linear layers, or None."})
+    prompt: PromptConfig | None = field(default=None, metadata={"help": "Learned keys and values, or None."})
+    target_modules: list[str] | str | None = field(
+        default="all-linear", metadata={"help": "Linear layers to adapt: names, a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to leave out."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Module list that indices count."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved in full."})
+    peml_version: str | None = field(default=None, metadata={"help": "Version of peml that wrote this; filled in."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = "PEML"
+        self.task_names = list(self.task_names)
+        if not self.task_names:
+            raise PemlError("task_names is empty: name at least one task")
+        repeated = sorted({name for name in self.task_names if self.task_names.count(name) > 1})
+        if repeated:
+            raise PemlError(f"task_names repeats {', '.join(repeated)}: every task needs a name of its own")
+        self.adapter = part_from_dict("adapter", ADAPTERS, self.adapter)  # type: ignore[type-var]
+        self.prompt = part_from_dict("prompt", PROMPTS, self.prompt)  # type: ignore[type-var]
+        if self.adapter is None and self.prompt is None:
+            raise PemlError("nothing to train: give an adapter, a prompt, or both")
+        if isinstance(self.target_modules, set):
+            self.target_modules = sorted(self.target_modules)
+        if self.peml_version is None:
+            from importlib.metadata import version
+
+            self.peml_version = version("peml")
+
+    @property
+    def needs_task(self) -> bool:
+        """Whether a forward without `tasks=` is an error."""
+        adapter = self.adapter is not None and self.adapter.needs_task
+        return adapter or (self.prompt is not None and self.prompt.needs_task)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON; adapter and prompt carry the name of their type."""
+        out: dict[str, Any] = super().to_dict()
+        out["adapter"] = part_to_dict(self.adapter)
+        out["prompt"] = part_to_dict(self.prompt)
+        if isinstance(out["target_modules"], set):
+            out["target_modules"] = sorted(out["target_modules"])
+        return out
+
+
+def part_to_dict(part: AdapterConfig | PromptConfig | None) -> dict[str, Any] | None:
+    """Settings of an adapter or prompt with its type, as stored in `adapter_config.json`."""
+    return None if part is None else {"type": type(part).__name__, **dataclasses.asdict(part)}
+
+
+def part_from_dict(axis: str, table: Mapping[str, type[Part]], given: Part | Mapping[str, Any] | None) -> Part | None:
+    """The inverse of `part_to_dict`; configured objects pass through.
+
+    Raises:
+        PemlError: an unknown type or setting.
+    """
+    if given is None or not isinstance(given, Mapping):
+        kinds = tuple(table.values())
+        if given is not None and not isinstance(given, kinds):
+            raise PemlError(f"{axis} must be one of {', '.join(table)}, not {type(given).__name__}")
+        return given
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    kind = settings.pop("type", None)
+    if kind not in table:
+        raise PemlError(f"{axis} has unknown type {kind!r}; choose from {', '.join(table)}")
+    return changed(axis, table[kind](), settings)
+
+
+def changed(axis: str, part: Part, settings: Mapping[str, Any]) -> Part:
+    """A copy of an adapter or prompt with other settings.
+
+    Raises:
+        PemlError: an unknown setting or a value of the wrong type; the message lists what there is.
+    """
+    names = {f.name for f in dataclasses.fields(part)}
+    hints = typing.get_type_hints(type(part))
+    for key, value in settings.items():
+        if key not in names:
+            near = difflib.get_close_matches(key, names, 1)
+            did_you_mean = f"; did you mean {near[0]}?" if near else ""
+            kind = type(part).__name__
+            raise PemlError(f"{axis}.{key} is not a setting of {kind} ({', '.join(sorted(names))}){did_you_mean}")
+        if not _fits(value, hints[key]):
+            raise PemlError(f"{axis}.{key} must be {_readable(hints[key])}, not {value!r}")
+    return dataclasses.replace(part, **settings)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from YAML or JSON can be what the annotation says."""
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return value in options
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str, type(None)):
+        return isinstance(value, hint)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple | list) and all(_fits(v, options[0]) for v in value)
+    return any(_fits(value, option) for option in options)
+
+
+def _readable(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return "a list of " + _readable(typing.get_args(hint)[0])
+    if isinstance(hint, type):
+        return {"float": "a number", "int": "a whole number", "str": "text", "bool": "true or false"}.get(
+            hint.__name__, "null" if hint is type(None) else hint.__name__
+        )
+    return " or ".join(_readable(option) for option in typing.get_args(hint))

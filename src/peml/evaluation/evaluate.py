@@ -1,0 +1,123 @@
+"""What a model is worth on each task: its metrics, and the loss of the right answers."""
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+
+from rich.progress import Progress
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from peml.errors import PemlError
+from peml.evaluation.scoring import Advance, best_choice, generate_answers, log_likelihoods
+from peml.tasks.encode import IGNORED, encode_choices
+from peml.tasks.metrics import compute
+from peml.tasks.task import Example, Task
+
+
+def evaluate_tasks(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples_by_task: Mapping[str, Sequence[Example]],
+    tasks: Mapping[str, Task],
+    *,
+    max_length: int,
+    batch_size: int,
+    tasks_kwarg: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, float]]:
+    """The metrics of each task, with `n`, the number of examples, and `loss`.
+
+    The loss is the mean of -log p(token | what precedes) over the tokens of the right answers, without end.
+
+    Args:
+        model: a causal language model; it keeps its training mode.
+        tokenizer: its tokeniser.
+        examples_by_task: what to evaluate on.
+        tasks: the tasks by name; they say how their examples are answered and measured.
+        max_length: longest sequence in tokens.
+        batch_size: sequences per batch.
+        tasks_kwarg: whether the model takes `tasks=[name per row]`; a plain model does not.
+        progress: shows one line per task, if given.
+    """
+    for name, examples in examples_by_task.items():
+        if name not in tasks:
+            raise PemlError(f"task {name!r} has examples but is not among the tasks {', '.join(tasks)}")
+        if not examples:
+            raise PemlError(f"task {name!r} has no examples to evaluate on; give it some or leave it out")
+    results = {}
+    for name, examples in examples_by_task.items():
+        advance = _advance(progress, tasks[name], examples)
+        predictions, loss = _answers(
+            model, tokenizer, examples, tasks[name], max_length, batch_size, tasks_kwarg, advance
+        )
+        results[name] = _measure(tasks[name], predictions, examples) | {
+            "n": float(len(examples)),
+            "loss": loss,
+        }
+    return results
+
+
+def average(results: Mapping[str, Mapping[str, float]], tasks: Mapping[str, Task]) -> float:
+    """Mean over the tasks of the first metric of each."""
+    if not results:
+        raise PemlError("there are no results to average")
+    return sum(values[tasks[name].metrics[0]] for name, values in results.items()) / len(results)
+
+
+def _answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    task: Task,
+    max_length: int,
+    batch_size: int,
+    tasks_kwarg: bool,
+    advance: Advance | None,
+) -> tuple[list[str], float]:
+    """Predicted texts and the loss; one pass gives both where the right answer is among the options."""
+    groups = encode_choices(tokenizer, examples, max_length)
+    flat = [encoded for group in groups for encoded in group]
+    names = [task.name] * len(flat) if tasks_kwarg else None
+    values = iter(log_likelihoods(model, tokenizer, flat, names, batch_size=batch_size, progress=advance))
+    scores = [list(islice(values, len(group))) for group in groups]
+
+    right = [e.choices.index(e.answer) if e.choices else 0 for e in examples]
+    gain = sum(row[i] for row, i in zip(scores, right, strict=True))
+    tokens = sum(
+        label != IGNORED for group, i in zip(groups, right, strict=True) for label in group[i].labels
+    )
+    if task.kind == "choose":
+        best = [
+            best_choice(e, row, task.length_normalization) for e, row in zip(examples, scores, strict=True)
+        ]
+        predictions = [e.choices[i] for e, i in zip(examples, best, strict=True)]
+    else:
+        predictions = generate_answers(
+            model,
+            tokenizer,
+            examples,
+            max_length=max_length,
+            max_new_tokens=task.max_new_tokens,
+            batch_size=batch_size,
+            tasks_kwarg=tasks_kwarg,
+            progress=advance,
+        )
+    return predictions, -gain / tokens
+
+
+def _measure(task: Task, predictions: list[str], examples: Sequence[Example]) -> dict[str, float]:
+    choices = task.choices if isinstance(task.choices, tuple) else ()
+    references = [example.answer for example in examples]
+    try:
+        return {name: compute(name, predictions, references, choices) for name in task.metrics}
+    except PemlError as error:
+        raise PemlError(f"task {task.name!r}: {error}") from error
+
+
+def _advance(progress: Progress | None, task: Task, examples: Sequence[Example]) -> Advance | None:
+    if progress is None:
+        return None
+    # A generated answer costs two passes: one for its loss, one to write it.
+    total = sum(len(example.choices) or 2 for example in examples)
+    line = progress.add_task(task.name, total=total)
+    return lambda count: progress.advance(line, count)

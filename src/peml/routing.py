@@ -1,0 +1,183 @@
+"""Which task each row of a batch belongs to, for as long as a forward pass and its recomputation last.
+
+A `Forward` is opened by the tuner when a batch enters the model and closed when it leaves. Layers read it from a
+context variable, so threads do not see each other's. Gradient checkpointing recomputes layers after the forward has
+been closed; `bind_checkpointing` therefore ties the `Forward` that was open to the function that is recomputed.
+
+Letters: `B` rows of the batch, `S` tokens, `T` tasks, `G` distinct tasks present in the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peml.errors import PemlError
+
+if TYPE_CHECKING:
+    from peml.prompts.base import LayerPrefix
+
+Tasks = str | int | Sequence[str] | Sequence[int] | Sequence[Sequence[str]] | Sequence[Sequence[int]] | Tensor
+
+
+@dataclass(frozen=True)
+class Route:
+    """Task of every row (or token) of a batch.
+
+    Args:
+        ids: `[1]` (one task for all rows), `[B]`, or `[B, S]` for rows that pack several tasks; int64.
+        present: the distinct tasks, ascending, known on the host so that no layer has to ask the device.
+    """
+
+    ids: Tensor
+    present: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tasks: Tasks, task_names: Sequence[str]) -> Route:
+        """Resolve names or ids once, on the host.
+
+        Raises:
+            PemlError: a name or id that the adapter does not have, or rows of unequal length.
+        """
+        raw = tasks.tolist() if isinstance(tasks, Tensor) else tasks
+        if isinstance(raw, str | int):
+            raw = [raw]
+        if len(raw) == 0:
+            raise PemlError("`tasks=` is empty: give one task name per row, or one for all rows")
+        table = {name: i for i, name in enumerate(task_names)}
+        packed = [isinstance(row, list | tuple) for row in raw]
+        if any(packed):
+            if not all(packed) or len({len(row) for row in raw}) != 1:  # type: ignore[arg-type]
+                raise PemlError("`tasks=` with a task per token needs lists of equal length, one per row")
+            ids = [[_id_of(t, table) for t in row] for row in raw]  # type: ignore[union-attr]
+            present = sorted({t for row in ids for t in row})
+            return cls(torch.tensor(ids), tuple(present))
+        flat = [_id_of(t, table) for t in raw]
+        return cls(torch.tensor(flat), tuple(sorted(set(flat))))
+
+    @property
+    def per_token(self) -> bool:
+        """Whether rows pack several tasks."""
+        return self.ids.ndim == 2
+
+    def rows(self, num_rows: int, device: torch.device) -> Tensor:
+        """Ids for `num_rows` rows: `[1]` stays `[1]`; beams and flattened tokens repeat each row's id."""
+        return self._expand(self.ids, num_rows).to(device, non_blocking=True)
+
+    def groups(self, num_rows: int, device: torch.device) -> Tensor:
+        """Index of each row's task in `present`: what a tensor stacked over the tasks present is gathered with."""
+        position = {task: i for i, task in enumerate(self.present)}
+        index = torch.tensor([position[int(t)] for t in self.ids.flatten().tolist()]).view(self.ids.shape)
+        return self._expand(index, num_rows).to(device, non_blocking=True)
+
+    def _expand(self, ids: Tensor, num_rows: int) -> Tensor:
+        given = ids.shape[0]
+        if given in (1, num_rows):
+            return ids
+        if num_rows % given or self.per_token:
+            raise PemlError(f"`tasks=` has {given} entries but the batch has {num_rows} rows: give one task per row")
+        return ids.repeat_interleave(num_rows // given)
+
+
+def _id_of(task: object, table: Mapping[str, int]) -> int:
+    if isinstance(task, str):
+        if task not in table:
+            raise PemlError(f"unknown task {task!r} in `tasks=`; this adapter has {', '.join(table)}")
+        return table[task]
+    if isinstance(task, bool) or not isinstance(task, int):
+        raise PemlError(f"`tasks=` takes names or ids, not {type(task).__name__}; this adapter has {', '.join(table)}")
+    if not 0 <= task < len(table):
+        raise PemlError(f"task id {task} in `tasks=` is outside 0..{len(table) - 1}; ids follow {', '.join(table)}")
+    return task
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What the layers of one forward pass need to know.
+
+    Args:
+        route: tasks of the rows; None when the caller gave none.
+        prefix: learned keys and values of this forward, by attention slot.
+        generated: whether `prefix` hangs on a graph that all layers share (a generator), which reentrant
+            checkpointing cannot walk more than once.
+    """
+
+    route: Route | None = None
+    prefix: Mapping[int, LayerPrefix] = field(default_factory=dict)
+    generated: bool = False
+
+
+_CURRENT: ContextVar[Forward | None] = ContextVar("peml_forward", default=None)
+
+
+def current() -> Forward | None:
+    """The forward pass that is open in this thread, if any."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def opened(forward: Forward | None) -> Iterator[None]:
+    """Make `forward` the current one inside the block."""
+    token = _CURRENT.set(forward)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def push(forward: Forward) -> Forward | None:
+    """Make `forward` the current one and return the one before, for `restore`; for hooks that cannot use `with`."""
+    before = _CURRENT.get()
+    _CURRENT.set(forward)
+    return before
+
+
+def restore(before: Forward | None) -> None:
+    """Undo `push`."""
+    _CURRENT.set(before)
+
+
+def bind_checkpointing(model: nn.Module) -> None:
+    """Tie the open `Forward` to every function that gradient checkpointing will recompute.
+
+    Idempotent and cheap: called at the start of each forward, because enabling checkpointing replaces the functions.
+    """
+    for module in model.modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if function is not None and not isinstance(function, _Bound):
+            module._gradient_checkpointing_func = _Bound(function)
+
+
+class _Bound:
+    """A checkpointing function that reopens the `Forward` of its call whenever it recomputes."""
+
+    def __init__(self, checkpoint: Any) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        forward = current()
+        if forward is None:
+            return self.checkpoint(layer, *args, **kwargs)
+        if forward.generated and torch.is_grad_enabled() and self._reentrant(kwargs):
+            raise PemlError(
+                "reentrant gradient checkpointing cannot be used while a prefix is generated, because every layer "
+                'would walk the generator again: set gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+
+        @functools.wraps(layer)
+        def reopened(*inner: Any, **named: Any) -> Any:
+            with opened(forward):
+                return layer(*inner, **named)
+
+        return self.checkpoint(reopened, *args, **kwargs)
+
+    def _reentrant(self, kwargs: Mapping[str, Any]) -> bool:
+        stored = getattr(self.checkpoint, "keywords", {})
+        return bool(kwargs.get("use_reentrant", stored.get("use_reentrant", False)))

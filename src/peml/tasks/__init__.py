@@ -1,0 +1,29 @@
+"""Tasks: from raw rows to prompts, answers and token ids."""
+
+from peml.tasks.encode import IGNORED, Encoded, encode, encode_all, encode_choices, encode_prompts
+from peml.tasks.metrics import METRICS, Metric, compute
+from peml.tasks.source import FileSource, HubSource, Source, Split, ToySource
+from peml.tasks.suites import SUITES, suite_tasks
+from peml.tasks.task import Example, Kind, Task
+
+__all__ = [
+    "IGNORED",
+    "METRICS",
+    "SUITES",
+    "Encoded",
+    "Example",
+    "FileSource",
+    "HubSource",
+    "Kind",
+    "Metric",
+    "Source",
+    "Split",
+    "Task",
+    "ToySource",
+    "compute",
+    "encode",
+    "encode_all",
+    "encode_choices",
+    "encode_prompts",
+    "suite_tasks",
+]

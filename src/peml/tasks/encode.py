@@ -1,0 +1,142 @@
+"""From an example to token ids: prompt, one blank, answer, with the loss on the answer alone.
+
+Prompt and answer are tokenised together, as a reader would see them, because many tokenisers join the blank
+with the word behind it. The answer begins where the ids of the prompt alone end; if a token spans that
+border, it begins with that token. What is too long loses the *beginning* of its prompt, never of its answer.
+
+Training, scoring of options and generation all come through here, so that they cannot disagree.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from transformers import PreTrainedTokenizerBase
+
+from peml.errors import PemlError
+from peml.tasks.task import Example
+
+IGNORED = -100
+"""The label of positions without a loss, as PyTorch and transformers have it."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one example.
+
+    Attributes:
+        input_ids: a leading special token if the tokeniser has one, the prompt, the answer.
+        labels: the ids of the answer; -100 elsewhere. `labels[i]` belongs to `input_ids[i]` (not shifted).
+        truncated: whether the prompt lost its beginning.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    truncated: bool
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Encoded:
+    """One example for training: the answer ends with the tokeniser's end token, if it has one."""
+    return encode_all(tokenizer, [example], max_length)[0]
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+) -> list[Encoded]:
+    """`encode` for many examples, tokenised at once."""
+    ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    groups = _encode(tokenizer, examples, [(example.answer,) for example in examples], ending, max_length)
+    return [group[0] for group in groups]
+
+
+def encode_choices(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+) -> list[list[Encoded]]:
+    """Every choice of every example as its answer, without end token; without choices, the right answer.
+
+    The choices of one example share border and cut: their scores are only comparable given the same context.
+    """
+    return _encode(tokenizer, examples, [e.choices or (e.answer,) for e in examples], [], max_length)
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, max_new_tokens: int
+) -> list[Encoded]:
+    """Prompts for generation, cut so that `max_new_tokens` more tokens stay within `max_length`."""
+    lead = _leading_ids(tokenizer)
+    encoded = []
+    for example, prompt in zip(examples, _tokenize(tokenizer, [e.prompt for e in examples]), strict=True):
+        room = max_length - max_new_tokens - len(lead)
+        if room < 1:
+            raise _too_long(example, len(lead) + 1, max_new_tokens, "new tokens", max_length)
+        ids = lead + prompt[-room:]
+        encoded.append(Encoded(ids, [IGNORED] * len(ids), len(prompt) > room))
+    return encoded
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    answers: Sequence[tuple[str, ...]],
+    ending: list[int],
+    max_length: int,
+) -> list[list[Encoded]]:
+    lead = _leading_ids(tokenizer)
+    prompts = _tokenize(tokenizer, [example.prompt for example in examples])
+    texts = [f"{e.prompt} {answer}" for e, group in zip(examples, answers, strict=True) for answer in group]
+    wholes = iter(_tokenize(tokenizer, texts))
+    return [
+        _encode_one(example, lead, prompt, [next(wholes) + ending for _ in group], max_length)
+        for example, prompt, group in zip(examples, prompts, answers, strict=True)
+    ]
+
+
+def _encode_one(
+    example: Example, lead: list[int], prompt: list[int], wholes: list[list[int]], max_length: int
+) -> list[Encoded]:
+    border = min(_common_prefix(prompt, whole) for whole in wholes)
+    context = wholes[0][:border]
+    endings = [whole[border:] for whole in wholes]
+    longest = max(map(len, endings))
+    room = max_length - len(lead) - longest
+    if room < 1:
+        raise _too_long(example, len(lead) + len(context), longest, "tokens of answer", max_length)
+    if not min(map(len, endings)) or not lead + context:
+        raise PemlError(
+            f"{example.origin}: task {example.task!r}: the prompt or the answer has no token of its own "
+            "for this tokenizer; reword it or use another model"
+        )
+    kept = lead + context[-room:]
+    return [
+        Encoded(kept + ending, [IGNORED] * len(kept) + ending, truncated=len(context) > room)
+        for ending in endings
+    ]
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    # Not verbose: prompts above the model's length are cut here, so the tokenizer need not warn of them.
+    encoding = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    ids: list[list[int]] = encoding["input_ids"]
+    return ids
+
+
+def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Special tokens that the tokeniser puts in front; those that it puts at the end are left out."""
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full: list[int] = tokenizer("a")["input_ids"]
+    added = len(full) - len(bare)
+    front = next((n for n in range(added + 1) if full[n : n + len(bare)] == bare), 0)
+    return full[:front]
+
+
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def _too_long(example: Example, before: int, after: int, what: str, max_length: int) -> PemlError:
+    return PemlError(
+        f"{example.origin}: task {example.task!r}: {after} {what} after {before} tokens of prompt, of "
+        f"which at least one must stay, do not fit into `max_length` {max_length}; raise it or ask for less"
+    )

@@ -1,0 +1,204 @@
+"""Where the rows of a task come from: a file, a data set of the Hub or a local folder, or the toy suite.
+
+A source yields `(row, origin)` pairs. Which rows it yields depends on nothing but its fields: the rows that
+`limit_train`, `limit_eval` and `eval_fraction` pick are drawn with `seed` and are the same on every machine.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from peml.errors import PemlError
+from peml.tasks.files import READERS, Row, Rows, read_file
+
+Split = Literal["train", "eval"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(ABC):
+    """Rows for training and for evaluation.
+
+    Attributes:
+        limit_train: at most so many training rows: the rows are shuffled with `seed`, the first are taken and
+            yielded in their original order. A smaller limit takes a subset of a larger one.
+        limit_eval: the same for evaluation.
+        eval_fraction: share of the training rows that is held out for evaluation, drawn with `seed`, where
+            the source has no evaluation rows of its own (then 0.1 unless given).
+        seed: seed of these draws.
+    """
+
+    limit_train: int | None = None
+    limit_eval: int | None = None
+    eval_fraction: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        for key, limit in (("limit_train", self.limit_train), ("limit_eval", self.limit_eval)):
+            if limit is not None and limit < 1:
+                raise PemlError(f"{self}: `{key}` must be at least 1, not {limit}")
+        if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
+            raise PemlError(f"{self}: `eval_fraction` must lie between 0 and 1, not {self.eval_fraction}")
+        if self.eval_fraction is not None and self.has_eval:
+            raise PemlError(f"{self}: has evaluation rows of its own, so `eval_fraction` must be left out")
+        if self.seed < 0:
+            raise PemlError(f"{self}: `seed` must not be negative, but is {self.seed}")
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """Short name of the source for messages."""
+
+    @property
+    @abstractmethod
+    def has_eval(self) -> bool:
+        """Whether evaluation rows exist apart from the training rows."""
+
+    @abstractmethod
+    def load(self, split: Split) -> Rows:
+        """Every row of a split that exists, in the order of the origin."""
+
+    def rows(self, split: Split) -> Iterator[tuple[Row, str]]:
+        """The rows of a split with their origins, after hold-out and limit, in the order of the origin."""
+        if self.has_eval:
+            rows = self.load(split)
+            chosen = np.arange(len(rows))
+        else:
+            rows = self.load("train")
+            chosen = self._held_out(len(rows), split)
+        limit = self.limit_train if split == "train" else self.limit_eval
+        if limit is not None and limit < len(chosen):
+            order = np.random.default_rng([self.seed, 1]).permutation(len(chosen))
+            chosen = np.sort(chosen[order[:limit]])
+        for index in chosen:
+            yield rows[int(index)]
+
+    def _held_out(self, count: int, split: Split) -> np.ndarray:
+        if count < 2:
+            raise PemlError(
+                f"{self}: has {count} row(s), too few to hold some out; give evaluation rows as well"
+            )
+        fraction = 0.1 if self.eval_fraction is None else self.eval_fraction
+        size = min(max(round(count * fraction), 1), count - 1)
+        order = np.random.default_rng([self.seed, 0]).permutation(count)
+        return np.sort(order[:size] if split == "eval" else order[size:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSource(Source):
+    """Rows of the user's own files: jsonl, json (a list of objects), csv, tsv or parquet, told apart by suffix.
+
+    Values of csv and tsv are texts. In tsv, quotation marks are ordinary characters, as in the GLUE files.
+    """
+
+    train: str | Path
+    eval: str | Path | None = None
+
+    def __str__(self) -> str:
+        """Path of the training file."""
+        return str(self.train)
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether a second file was given."""
+        return self.eval is not None
+
+    def load(self, split: Split) -> Rows:
+        """All rows of the split's file; origins are `path:line` (`path:row` for json and parquet)."""
+        path = self.train if split == "train" or self.eval is None else self.eval
+        return read_file(Path(path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubSource(Source):
+    """Rows of a data set of the Hub, or of a local folder used in its place.
+
+    A local folder may hold one file per split (`train.jsonl`, `validation.csv`; `dev` and `val` also stand
+    for `validation`), or anything else that `datasets.load_dataset` understands.
+    """
+
+    path: str
+    name: str | None = None
+    train: str = "train"
+    eval: str | None = "validation"
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        """Hub id and configuration."""
+        return f"{self.path}/{self.name}" if self.name else self.path
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether a split for evaluation was named."""
+        return self.eval is not None
+
+    def load(self, split: Split) -> Rows:
+        """All rows of the split; origins are `path/split:row`, or `file:line` for a local file."""
+        wanted = self.train if split == "train" or self.eval is None else self.eval
+        file = self._local_file(wanted)
+        return read_file(file) if file else _HubRows(self._dataset(wanted), f"{self}/{wanted}")
+
+    def _local_file(self, split: str) -> Path | None:
+        names = ("validation", "dev", "val") if split == "validation" else (split,)
+        files = [Path(self.path, name + suffix) for name in names for suffix in READERS]
+        return next((file for file in files if file.is_file()), None)
+
+    def _dataset(self, split: str) -> Any:
+        # Imported here because it takes seconds, which a run on the user's own files need not wait for.
+        import datasets
+
+        try:
+            return datasets.load_dataset(self.path, self.name, split=split, revision=self.revision)
+        except Exception as error:  # the Hub, the network and the builder of any data set may fail in any way
+            reason = str(error).strip().split("\n")[0]
+            raise PemlError(
+                f"{self}: the split {split!r} could not be loaded ({type(error).__name__}: {reason}); "
+                "give a Hub id, or a local folder with a file such as " + f"{split}.jsonl"
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToySource(Source):
+    """Rows that are made up on the spot, for demos and tests without data."""
+
+    task: str
+    train_rows: int = 2000
+    eval_rows: int = 200
+
+    def __str__(self) -> str:
+        """Name of the task in the toy suite."""
+        return f"toy/{self.task}"
+
+    @property
+    def has_eval(self) -> bool:
+        """Always true: the two splits are generated apart."""
+        return True
+
+    def load(self, split: Split) -> Rows:
+        """The generated rows; origins are `toy/task:row`."""
+        from peml.tasks.toy import toy_rows
+
+        try:
+            if split == "train":
+                made = toy_rows(self.task, "train", self.train_rows, self.seed)
+            else:
+                made = toy_rows(self.task, "test", self.eval_rows, self.seed)
+        except ValueError as error:
+            raise PemlError(f"{self}: {error}") from error
+        return [(row, f"{self}:{number}") for number, row in enumerate(made, 1)]
+
+
+class _HubRows(Sequence[tuple[Row, str]]):
+    """A data set as a sequence of (row, origin) that reads rows only when asked."""
+
+    def __init__(self, dataset: Any, origin: str) -> None:
+        self.dataset, self.origin = dataset, origin
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.dataset[index], f"{self.origin}:{index + 1}"

@@ -1,0 +1,199 @@
+"""The plain text of the invented world on which the small model is pre-trained.
+
+The documents state what the tasks need to know (what is a bird, what pleases, who holds what, what
+means the same), and never in the form of a task: no task prompt and no answer after one. The words
+that the tasks use as labels occur too, but only in sentences that have nothing to do with the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Final
+
+from peml.tasks.toy import world
+from peml.tasks.toy.world import CARRIED, KINDS, LIVING, NAMES, PLACES, VERBS, a, plural, they
+
+_TOPS: Final = {"bird": "animal", "fish": "animal", "insect": "animal", "tree": "plant", "flower": "plant"}
+_LABEL_WORDS: Final = (
+    *("mood", "holds", "meaning", "grammar", "odd", "past", "back", "first", "last", "one"),
+    *("up", "down", "yes", "no", "maybe", "same", "other", "fine", "wrong"),
+)
+
+
+def _facts(rng: Random) -> str:
+    """Say what one kind of thing is and does."""
+    kind, other = rng.sample(list(KINDS), 2)
+    one, two = rng.sample(KINDS[kind], 2)
+    stranger = rng.choice(KINDS[other])
+    trait, strange = rng.choice(world.TRAITS[kind]), rng.choice(world.TRAITS[other])
+    said = [
+        f"{a(one)} is {a(kind)} .",
+        f"every {one} is {a(_TOPS.get(kind, 'thing'))} .",
+        f"{a(one)} {trait} .",
+        f"no {one} is {a(other)} .",
+        f"{a(one)} and {a(two)} are both {plural(kind)} .",
+        f"{a(one)} is {a(kind)} but {a(stranger)} is {a(other)} .",
+        f"{a(one)} {trait} but {a(stranger)} {strange} .",
+    ]
+    return " ".join(rng.sample(said, 4))
+
+
+def _group(rng: Random) -> str:
+    """List things of one kind, at times with one that is of another."""
+    kind, other = rng.sample(list(KINDS), 2)
+    nouns = rng.sample(KINDS[kind], 3)
+    name, verb = rng.choice(NAMES), rng.choice(VERBS)
+    if rng.random() < 0.5:
+        one, two, three = nouns
+        return f"{name} {verb.past} {a(one)} , {a(two)} and {a(three)} . they were all {plural(kind)} ."
+    nouns[2] = rng.choice(KINDS[other])
+    stranger = nouns[2]
+    rng.shuffle(nouns)
+    one, two, three = nouns
+    told = f"{name} {verb.past} {a(one)} , {a(two)} and {a(three)} ."
+    return f"{told} two were {plural(kind)} but the {stranger} was {a(other)} ."
+
+
+def _feeling(rng: Random) -> str:
+    """Say what someone thought of something, and how it made them feel."""
+    good, name = rng.random() < 0.5, rng.choice(NAMES)
+    reaction = rng.choice(world.JOY if good else world.GRIEF)
+    state = rng.choice(world.GLAD if good else world.SAD)
+    liked = "liked it" if good else "did not like it"
+    ending = rng.choice(
+        (
+            f"so {name} {reaction} .",
+            f"{name} was {state} .",
+            f"{name} {liked} and {reaction} .",
+            f"{name} {liked} .",
+        )
+    )
+    words = rng.sample(world.PRAISE if good else world.BLAME, 2)
+    extra = f"it was {words[0]} and {words[1]} . " if rng.random() < 0.4 else ""
+    return f"{world.opinion(rng, good)} {extra}{ending}"
+
+
+def _turn(rng: Random) -> str:
+    """Say how a feeling turned from one to its opposite."""
+    good, name = rng.random() < 0.5, rng.choice(NAMES)
+    before, after = (world.JOY, world.GRIEF) if good else (world.GRIEF, world.JOY)
+    told = f"{world.opinion(rng, good)} {world.opinion(rng, not good)}"
+    return f"{told} {name} {rng.choice(before)} and then {they(name)} {rng.choice(after)} ."
+
+
+def _handover(rng: Random) -> str:
+    """Tell who gave a thing to whom, and who has had it."""
+    told, people, item = world.handover(rng)
+    recap = [
+        f"now {people[2]} has the {item} .",
+        f"long ago {people[0]} had the {item} .",
+        f"for a while {people[1]} had the {item} .",
+    ]
+    return " ".join([told, *rng.sample(recap, rng.choice((1, 2)))])
+
+
+def _journey(rng: Random) -> str:
+    """Tell where a person went, and where they have been."""
+    told, places, name = world.journey(rng)
+    recap = [
+        f"now {name} is in the {places[2]} .",
+        f"long ago {name} was in the {places[0]} .",
+        f"for a while {name} was in the {places[1]} .",
+    ]
+    return " ".join([told, *rng.sample(recap, rng.choice((1, 2)))])
+
+
+def _restatement(rng: Random) -> str:
+    """Say the same thing twice."""
+    told, again = world.restatement(rng)
+    if rng.random() < 0.5:
+        told, again = again, told
+    return f"{told} in short , {again}"
+
+
+def _twins(rng: Random) -> str:
+    """Use two words for the same thing."""
+    name, item, place = rng.choice(NAMES), rng.choice(CARRIED), rng.choice(PLACES)
+    if rng.random() < 0.5:
+        left, right = rng.choice(world.TWIN_VERBS)
+        if rng.random() < 0.5:
+            left, right = right, left
+        return (
+            f"{name} {left.past} the {item} . yes , the {item} that {name} {right.past} was in the {place} ."
+        )
+    left_look, right_look = rng.choice(world.TWIN_LOOKS)
+    opposite = dict(world.OPPOSITE_LOOKS).get(left_look, "plain")
+    return f"the {item} was {left_look} , so it was {right_look} . it was not {opposite} ."
+
+
+def _inference(rng: Random) -> str:
+    """Draw a conclusion, deny one, or leave one open."""
+    label = rng.choice(("yes", "no", "maybe"))
+    premise, hypothesis = world.inference(rng, label)
+    link = {"yes": "so", "no": "it is false that", "maybe": "perhaps"}[label]
+    return f"{premise} {link} {hypothesis}"
+
+
+def _days(rng: Random) -> str:
+    """Say the same act of today, yesterday and tomorrow."""
+    name, item, verb, look = (
+        rng.choice(NAMES),
+        rng.choice(CARRIED),
+        rng.choice(VERBS),
+        rng.choice(world.LOOKS),
+    )
+    said = [
+        f"today {name} {verb.third} the {look} {item} .",
+        f"yesterday {name} {verb.past} the {look} {item} .",
+        f"tomorrow {name} will {verb.base} the {look} {item} .",
+        f"the {look} {item} was {verb.participle} by {name} .",
+    ]
+    return " ".join(rng.sample(said, rng.choice((2, 3))))
+
+
+def _clauses(rng: Random) -> str:
+    """Put a few well-formed sentences next to each other."""
+    return " ".join(world.clause(rng) for _ in range(rng.choice((1, 2, 3))))
+
+
+def _spare(rng: Random) -> str:
+    """Use the words that the tasks use as labels, for no purpose at all."""
+    name, other, place = rng.choice(NAMES), rng.choice(NAMES), rng.choice(PLACES)
+    word, second = rng.choice(_LABEL_WORDS), rng.choice(_LABEL_WORDS)
+    item, noun = rng.choice(CARRIED), rng.choice(LIVING)
+    return rng.choice(
+        (
+            f"{name} wrote : {word} .",
+            f"the word {word} is on the {place} .",
+            f"{name} said {word} and {other} said {second} .",
+            f"{name} read {word} : {second} : {rng.choice(_LABEL_WORDS)} .",
+            f"{name} wrote {item} : {rng.choice(CARRIED)} : {noun} .",
+            f"the sign in the {place} said {word} | {second} .",
+            f"{other} wrote {rng.choice(NAMES)} | {rng.choice(NAMES)} on the {item} .",
+        )
+    )
+
+
+_WRITERS: Final[tuple[tuple[Callable[[Random], str], int], ...]] = (
+    (_facts, 10),
+    (_group, 8),
+    (_feeling, 10),
+    (_turn, 6),
+    (_handover, 10),
+    (_journey, 10),
+    (_restatement, 14),
+    (_twins, 6),
+    (_inference, 14),
+    (_days, 8),
+    (_clauses, 14),
+    (_spare, 8),
+)
+
+
+def documents(n: int, seed: int | str = 0) -> Iterator[str]:
+    """Yield `n` short documents, the same ones for the same seed."""
+    rng = Random(f"toy-corpus:{seed}")
+    writers, weights = zip(*_WRITERS, strict=True)
+    for writer in rng.choices(writers, weights, k=n):
+        yield writer(rng)

@@ -1,0 +1,370 @@
+"""`PemlModel`: attaches adapter and prompt to a model, opens the route of each forward, selects a task, merges."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.integrations import init_empty_weights
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peml import attention, routing
+from peml.attention import PromptHost
+from peml.bank import BankLinear
+from peml.config import PemlConfig
+from peml.errors import PemlError
+from peml.prompts import PrefixGenerator
+from peml.routing import Forward, Route, Tasks
+
+HOST = "prompt_host"
+
+
+class PemlModel(BaseTuner):
+    """A model with PEML adapters; made by `peft.get_peft_model(model, PemlConfig(...))`.
+
+    `model(**batch, tasks=["rte", "sst2"])` routes each row; `tasks="rte"` routes all rows. Names or ids.
+    """
+
+    prefix: str = "peml_"
+    tuner_layer_cls = BankLinear | PromptHost  # type: ignore[assignment]
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._default_tasks: Tasks | None = None
+        super().__init__(*args, **kwargs)
+        self._install_hooks()
+
+    # Attaching
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add the adapter's banks and its prompt; PEFT calls this for the first adapter and for later ones."""
+        config = self.peft_config[adapter_name]
+        if config.adapter is None:
+            config.target_modules = DUMMY_TARGET_MODULES
+        if config.prompt is not None and self._prompt_host() is None:
+            # Before any layer is touched: a model that cannot take a prefix is refused whole.
+            host = attention.install(model)
+            try:
+                config.prompt.num_parameters(host.slots, len(config.task_names))
+                self._inject(model, adapter_name, low_cpu_mem_usage, state_dict)
+            except BaseException:
+                attention.uninstall(model, host)  # type: ignore[arg-type]
+                raise
+            setattr(model, HOST, host)
+        else:
+            self._inject(model, adapter_name, low_cpu_mem_usage, state_dict)
+        if config.prompt is not None:
+            self._add_prompt(adapter_name, low_cpu_mem_usage)
+
+    def _inject(self, model: nn.Module, name: str, low_cpu: bool, state_dict: dict[str, Tensor] | None) -> None:
+        super().inject_adapter(model, name, low_cpu_mem_usage=low_cpu, state_dict=state_dict)
+
+    def _add_prompt(self, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+        config = self.peft_config[adapter_name]
+        host = self._prompt_host()
+        assert host is not None
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            prompt = config.prompt.build(host.slots, len(config.task_names))
+        device = next(p for p in self.model.parameters()).device
+        if "meta" not in (device.type, next(prompt.parameters()).device.type):
+            prompt.to(device)
+        host.peml_prompt[adapter_name] = prompt
+        host.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _create_and_replace(
+        self,
+        peft_config: PemlConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if isinstance(target, BankLinear):
+            layer = target
+        elif isinstance(target, nn.Linear | Conv1D) or (hasattr(target, "in_features") and hasattr(target, "weight")):
+            layer = BankLinear(target, current_key)
+            self._replace_module(parent, target_name, layer, target)
+        else:
+            raise PemlError(f"target_modules matches {current_key}, a {type(target).__name__}: only linear layers fit")
+        assert peft_config.adapter is not None
+        adapter = peft_config.adapter.build(layer.in_features, layer.out_features, len(peft_config.task_names))
+        weight = layer.base_layer.weight
+        if weight.device.type != "meta" and next(adapter.parameters()).device.type != "meta":
+            # Weights stay fp32 whatever the base's dtype: they are cast where they are used.
+            adapter.to(weight.device)
+        layer.update_layer(adapter_name, adapter, tuple(peft_config.task_names))
+        if adapter_name not in self.active_adapters:
+            adapter.requires_grad_(False)
+
+    def _prepare_adapter_config(self, peft_config: PemlConfig, model_config: dict[str, Any]) -> PemlConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = "all-linear"
+        return peft_config
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter active.
+
+        Raises:
+            PemlError: several adapters; they have tasks of their own, so a batch can be routed through one only.
+        """
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            raise PemlError(f"one PEML adapter can be active at a time, not {', '.join(adapter_name)}")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    # Routing
+
+    @property
+    def config_in_force(self) -> PemlConfig | None:
+        """Configuration of the active adapter."""
+        return self.peft_config.get(self.active_adapters[0]) if self.active_adapters else None
+
+    def _prompt_host(self) -> PromptHost | None:
+        host = getattr(self.model, HOST, None)
+        return host if isinstance(host, PromptHost) else None
+
+    @property
+    def prompt(self) -> Any:
+        """The prompt module of the active adapter, or None."""
+        host = self._prompt_host()
+        name = self.active_adapters[0] if self.active_adapters else None
+        return None if host is None or name not in host.peml_prompt else host.peml_prompt[name]
+
+    def select_task(self, task: str | int | None) -> None:
+        """Choose the task that `merge_adapter` and `merge_and_unload` fold in, and that calls without `tasks=` mean.
+
+        Raises:
+            PemlError: an unknown task, or a change while another task is merged.
+        """
+        config = self._active_config()
+        route = None if task is None else Route.of(task, config.task_names)
+        for layer in self.model.modules():
+            if isinstance(layer, BankLinear):
+                if layer.merged:
+                    raise PemlError("a task is merged into the weights: call unmerge_adapter() before selecting another")
+                layer.selected_task = None if route is None else route.present[0]
+        self._default_tasks = None if route is None else list(route.present)
+
+    @contextmanager
+    def routed(self, tasks: Tasks) -> Iterator[None]:
+        """Route every forward in the block: for callers that cannot pass `tasks=`."""
+        with routing.opened(self._open(tasks)):
+            yield
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` of the model; `tasks=` as in `forward`."""
+        return self.model.generate(*args, **kwargs)
+
+    def _active_config(self) -> PemlConfig:
+        config = self.config_in_force
+        if config is None:
+            raise PemlError("no PEML adapter is active: call set_adapter() first")
+        return config
+
+    def _open(self, tasks: Tasks | None) -> Forward:
+        config = self.config_in_force
+        host = self._prompt_host()
+        prompt = None if host is None else host.active()
+        if config is None:
+            return Forward()
+        tasks = self._default_tasks if tasks is None else tasks
+        route = None if tasks is None else Route.of(tasks, config.task_names)
+        if prompt is None:
+            return Forward(route)
+        if prompt.needs_task and route is None:
+            names = ", ".join(config.task_names)
+            raise PemlError(f"this adapter has a prefix per task: pass tasks= with one of {names} per row")
+        layers = prompt(None if route is None else route.present)
+        prefix = {slot: layer for slot, layer in enumerate(layers) if layer is not None}
+        return Forward(route, prefix, prompt.generated)
+
+    def _install_hooks(self) -> None:
+        """Open a `Forward` around every call of the base model.
+
+        Hooks on the base, not an override of `forward` here: PEFT's wrappers, `generate` and models from
+        `AutoModel.from_pretrained(adapter_folder)` all reach the base by ways of their own.
+        """
+        model = self.model
+        if "_peml_hooks" in model.__dict__:
+            return
+        stack: list[Forward | None] = []
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            before = routing.current()
+            tasks = kwargs.pop("tasks", None)
+            inside = before is not None and tasks is None
+            forward = before if inside else self._open(tasks)
+            stack.append(routing.push(forward))  # type: ignore[arg-type]
+            if self.model.training:
+                routing.bind_checkpointing(model)
+            if forward is not None and forward.prefix:
+                self._add_position_ids(kwargs, args)
+            return args, kwargs
+
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            routing.restore(stack.pop())
+
+        handles = (
+            model.register_forward_pre_hook(enter, with_kwargs=True),
+            model.register_forward_hook(leave, with_kwargs=True, always_call=True),
+        )
+        model._peml_hooks = handles  # type: ignore[assignment]
+        if hasattr(model, "generate"):
+            generate = model.generate
+
+            def routed_generate(*args: Any, tasks: Tasks | None = None, **kwargs: Any) -> Any:
+                with routing.opened(self._open(tasks)):
+                    return generate(*args, **kwargs)
+
+            model.generate = routed_generate
+
+    def _remove_hooks(self) -> None:
+        for handle in self.model.__dict__.pop("_peml_hooks", ()):
+            handle.remove()
+        self.model.__dict__.pop("generate", None)
+
+    def _add_position_ids(self, kwargs: dict[str, Any], args: tuple[Any, ...]) -> None:
+        """Count positions from the attention mask when the caller gives none.
+
+        Prefix keys carry no rotary phase, so unlike without a prefix the offset of a left-padded row matters.
+        """
+        mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+        ids = kwargs.get("inputs_embeds") if ids is None else ids
+        ids = args[0] if ids is None and args else ids
+        if kwargs.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.ndim != 2 or ids is None:
+            return
+        if not self._causal:
+            return
+        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        kwargs["position_ids"] = positions[:, -ids.shape[1] :]
+
+    @property
+    def _causal(self) -> bool:
+        """Whether positions count real tokens from the left, as in decoders; encoders keep their own rule."""
+        can_generate = getattr(self.model, "can_generate", None)
+        return bool(can_generate and can_generate())
+
+    # Merging and unloading
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Fold the selected task into the base weights and return the plain base model.
+
+        Raises:
+            PemlError: the adapter has a prompt, or needs a task and none is selected.
+        """
+        if self._active_config().prompt is not None:
+            raise PemlError(
+                "a learned prefix cannot be folded into weights: keep the adapter, or call merge_adapter(), "
+                "which folds the low-rank part and leaves the prefix in place"
+            )
+        self._check_selected()
+        return super().merge_and_unload(*args, **kwargs)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Fold the selected task's low-rank update into the weights; a prefix stays as it is."""
+        self._check_selected()
+        super().merge_adapter(*args, **kwargs)
+
+    def _check_selected(self) -> None:
+        config = self._active_config()
+        if config.adapter is not None and config.adapter.needs_task and self._default_tasks is None:
+            names = ", ".join(config.task_names)
+            raise PemlError(f"merging needs one task: call select_task() with one of {names} first")
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        host = self._prompt_host()
+        if host is not None:
+            delattr(self.model, HOST)
+            attention.uninstall(self.model, host)
+        self._remove_hooks()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    # Inspecting
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters of the active adapter by part: adapter, prompt, architecture."""
+        name = self.active_adapters[0]
+        banks = [m.peml_adapter[name] for m in self.model.modules() if isinstance(m, BankLinear) and name in m.peml_adapter]
+        architecture = [] if self.prompt is None else self.prompt.architecture_parameters()
+        chosen = {id(p) for p in architecture}
+        prompt = [] if self.prompt is None else [p for p in self.prompt.parameters() if id(p) not in chosen]
+        return {"adapter": [p for bank in banks for p in bank.parameters()], "prompt": prompt, "architecture": architecture}
+
+    def per_task_parameters(self) -> set[int]:
+        """`id` of every parameter that is stacked over tasks."""
+        name = self.active_adapters[0]
+        owners: list[Any] = [
+            m.peml_adapter[name] for m in self.model.modules() if isinstance(m, BankLinear) and name in m.peml_adapter
+        ]
+        owners += [] if self.prompt is None else [self.prompt]
+        return {id(owner.get_parameter(key)) for owner in owners for key in owner.task_parameters}
+
+    def collapse_prompt(self) -> None:
+        """Replace a generated prefix by the table of keys and values that it has become.
+
+        The generator is thrown away: the adapter gets smaller and faster, and cannot be searched further.
+        """
+        config, prompt = self._active_config(), self.prompt
+        if not isinstance(prompt, PrefixGenerator):
+            raise PemlError("there is no generated prefix to collapse")
+        if prompt.searching:
+            prompt.derive()
+        host = self._prompt_host()
+        assert host is not None
+        config.prompt, table = prompt.collapse()
+        host.peml_prompt[self.active_adapters[0]] = table
+
+    # Saving and loading
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Prompts nest their parameters, so the adapter's name is not at the fixed depth that PEFT expects.
+        return re.sub(rf"\.(peml_adapter|peml_prompt)\.{re.escape(adapter_name)}(?=\.)", r".\1", key)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PemlConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        _check_fit(model, adapter_name, renamed)
+        return renamed
+
+
+def _check_fit(model: nn.Module, adapter_name: str, given: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not exactly those of this adapter on this base; PEFT would only warn."""
+    mark = re.compile(rf"\.(peml_adapter|peml_prompt)\.{re.escape(adapter_name)}\.")
+    own = {key: value for key, value in model.state_dict().items() if mark.search(key)}
+    shapes = [k for k, v in own.items() if k in given and given[k].shape != v.shape]
+    if shapes:
+        key = shapes[0]
+        raise PemlError(
+            f"this adapter was trained on another base model: {key} is {list(given[key].shape)} in the file "
+            f"but {list(own[key].shape)} here; load it onto the base model that its adapter_config.json names"
+        )
+    missing, extra = sorted(own.keys() - given.keys()), sorted(k for k in given if mark.search(k) and k not in own)
+    extra += [k for k in given if "peml_" in k and k not in own and k not in extra]
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which this model has not"
+        raise PemlError(
+            f"this adapter does not fit the model: the file {what} ({len(missing)} missing, {len(extra)} unexpected); "
+            "load it onto the base model that its adapter_config.json names"
+        )
+
+
+def count(parameters: list[torch.nn.Parameter]) -> int:
+    """Numbers in a list of parameters."""
+    return sum(p.numel() for p in parameters)
