@@ -1,8 +1,41 @@
-"""peml: one language model, many tasks, one adapter."""
+"""peml: one language model, many tasks, one adapter.
+
+    config = peml.PemlConfig(task_names=["rte", "sst2"], adapter=peml.LoRA(r=8), prompt=peml.PrefixNAS())
+    model = peft.get_peft_model(base, config)
+    model(**batch, tasks=["rte", "sst2", "rte"])
+
+Importing the package adds the type `PEML` to PEFT.
+"""
 
 from peml import _peft as _peft
 from peml.adapters import LoRA, MTLLoRA
 from peml.config import PemlConfig
 from peml.errors import PemlError
+from peml.evaluation import evaluate_tasks
+from peml.methods import match_params, method, methods
 from peml.prompts import PrefixNAS, PrefixTuning
+from peml.tasks import Task
+from peml.training import MultiTaskTrainer, Recipe, train
 from peml.tuner import PemlModel
+
+__all__ = [  # noqa: RUF022  (in the order in which a reader meets them)
+    # What is added to a model
+    "PemlConfig",
+    "LoRA",
+    "MTLLoRA",
+    "PrefixTuning",
+    "PrefixNAS",
+    # Named combinations of these
+    "method",
+    "methods",
+    "match_params",
+    # Tasks, training, measuring
+    "Task",
+    "Recipe",
+    "train",
+    "MultiTaskTrainer",
+    "evaluate_tasks",
+    # Underneath
+    "PemlModel",
+    "PemlError",
+]

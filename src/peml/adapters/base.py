@@ -49,6 +49,8 @@ class AdapterConfig(ABC):
     """Settings of a method; builds its `Adapter` for one linear layer."""
 
     needs_task: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 3e-4
+    """For AdamW, where a recipe gives none; our choice, between those of the multi-task repositories."""
 
     @abstractmethod
     def build(self, in_features: int, out_features: int, num_tasks: int) -> Adapter:

@@ -83,6 +83,11 @@ class Prompt(nn.Module, ABC):
 class PromptConfig(ABC):
     """Settings of a prompt; builds its `Prompt` for the attention slots of a model."""
 
+    prompt_learning_rate: ClassVar[float]
+    """For AdamW, where a recipe gives none."""
+    architecture_learning_rate: ClassVar[float] = 3e-3
+    """For parameters that choose a structure; our choice."""
+
     @property
     def needs_task(self) -> bool:
         """Whether the prefix differs by task."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ class PrefixTuning(PromptConfig):
     Raises:
         PemlError: a negative length, no token at all, or lengths that do not match the model's layers.
     """
+
+    prompt_learning_rate: ClassVar[float] = 5e-3
 
     num_virtual_tokens: int | tuple[int, ...] = 20
     per_task: bool = False

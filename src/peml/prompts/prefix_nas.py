@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ class PrefixNAS(PromptConfig):
     Raises:
         PemlError: a size below 1, an unknown operation, a temperature of 0, a bad `gate_after`.
     """
+
+    prompt_learning_rate: ClassVar[float] = 1e-3
 
     num_virtual_tokens: int = 32
     num_cells: int = 2

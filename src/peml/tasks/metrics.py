@@ -6,6 +6,7 @@ a warning: at the start of training that is the ordinary case, not a mistake.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -120,9 +121,12 @@ def _correlation(
     if not known:
         return 0.0
     # A generated answer that is no number says nothing: the mean adds nothing to the covariance.
-    middle = math.fsum(known) / len(known)
+    middle = math.fsum(value / len(known) for value in known)
     guess = [middle if value is None else value for value in read]
     if len(set(guess)) < 2 or len(set(truth)) < 2:
         return 0.0
-    value = float(function(guess, truth)[0])
+    with warnings.catch_warnings():
+        # Nearly constant predictions are ordinary early in training, too.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        value = float(function(guess, truth)[0])
     return value if math.isfinite(value) else 0.0

@@ -78,9 +78,7 @@ class Source(ABC):
 
     def _held_out(self, count: int, split: Split) -> np.ndarray:
         if count < 2:
-            raise PemlError(
-                f"{self}: has {count} row(s), too few to hold some out; give evaluation rows as well"
-            )
+            raise PemlError(f"{self}: one row is too few to hold some out; give evaluation rows as well")
         fraction = 0.1 if self.eval_fraction is None else self.eval_fraction
         size = min(max(round(count * fraction), 1), count - 1)
         order = np.random.default_rng([self.seed, 0]).permutation(count)
@@ -89,7 +87,7 @@ class Source(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class FileSource(Source):
-    """Rows of the user's own files: jsonl, json (a list of objects), csv, tsv or parquet, told apart by suffix.
+    """Rows of the user's own files: jsonl, json (a list of objects), csv, tsv or parquet, by suffix.
 
     Values of csv and tsv are texts. In tsv, quotation marks are ordinary characters, as in the GLUE files.
     """

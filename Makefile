@@ -1,0 +1,53 @@
+# Needs Python 3.11 or newer and make. Everything else is installed into .venv, at the versions of constraints.txt.
+
+PYTHON = python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+SOURCES := src tests $(wildcard examples scripts benchmarks)
+
+# The first variable reaches the isolated build with older versions of pip, the second with newer ones.
+PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+       $(BIN)/python -m pip -qq --disable-pip-version-check install
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test test-slow check format clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+.venv: $(STAMP)  ## install the package and its tools into .venv
+
+# An old .venv made by another Python fails the same check as a missing one.
+$(STAMP): pyproject.toml constraints.txt
+	@python=$(PYTHON); test ! -x $(BIN)/python || python=$(BIN)/python; \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "peml is developed on Python 3.11 or newer, and '$$python' is" \
+	         "$$($$python --version 2>&1). Try: make clean .venv PYTHON=python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv (the first time takes a few minutes)"
+	@$(PIP) torch
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## train, compare and report, offline, in a few minutes
+	$(BIN)/peml demo
+
+test: $(STAMP)  ## the tests that need no GPU, no network and little time
+	$(BIN)/python -m pytest --durations=10
+
+test-slow: $(STAMP)  ## the tests that take longer
+	$(BIN)/python -m pytest -m slow --durations=10
+
+check: $(STAMP)  ## format, lint, types and the direction of imports
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+format: $(STAMP)  ## rewrite the sources in the project's format
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+clean:  ## remove .venv, caches and build products
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

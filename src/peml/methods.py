@@ -1,0 +1,146 @@
+"""Named points of the three axes: adapter x prompt x regime. A row is two lines, never a class."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import PreTrainedModel
+
+from peml.adapters import AdapterConfig, LoRA, MTLLoRA
+from peml.config import PemlConfig, changed
+from peml.errors import PemlError
+from peml.prompts import PrefixNAS, PrefixTuning, PromptConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named combination.
+
+    Args:
+        adapter, prompt: what is attached; None: nothing.
+        regime: how the parts are trained.
+        summary: what it is and where it comes from, in one line.
+    """
+
+    adapter: AdapterConfig | None
+    prompt: PromptConfig | None
+    regime: str
+    summary: str
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method(LoRA(), None, "joint", "one low-rank update for all tasks (arXiv:2106.09685)"),
+    "mtl-lora": Method(MTLLoRA(), None, "joint", "low-rank update with a transform per task (arXiv:2410.09437)"),
+    "prefix": Method(None, PrefixTuning(), "joint", "free keys and values in every layer (arXiv:2101.00190)"),
+    "lora+prefix": Method(LoRA(), PrefixTuning(), "joint", "both, the baseline that PEML has to beat"),
+    "prefix-nas": Method(None, PrefixNAS(), "joint", "a searched prefix alone"),
+    "peml": Method(LoRA(), PrefixNAS(), "joint", "LoRA and a searched prefix, trained together (arXiv:2605.14055)"),
+    "peml+mtl": Method(MTLLoRA(), PrefixNAS(), "joint", "a searched prefix with MTL-LoRA in place of LoRA"),
+}
+"""Every method that a recipe can name."""
+
+
+def method(
+    name: str, task_names: Sequence[str], settings: Mapping[str, Any] | None = None, **config: Any
+) -> PemlConfig:
+    """The configuration of a named method.
+
+    Args:
+        name: a key of `METHODS`.
+        task_names: names of the tasks.
+        settings: changes by dotted key, e.g. `{"adapter.r": 16, "prompt.num_virtual_tokens": 32}`.
+        config: further fields of `PemlConfig`, e.g. `target_modules`.
+
+    Raises:
+        PemlError: an unknown method or setting.
+    """
+    row = named(name)
+    parts: dict[str, Any] = {"adapter": row.adapter, "prompt": row.prompt}
+    by_axis: dict[str, dict[str, Any]] = {"adapter": {}, "prompt": {}}
+    plain = {f.name for f in dataclasses.fields(PemlConfig)} - {"adapter", "prompt", "task_names", "peft_type"}
+    for key, value in (settings or {}).items():
+        axis, dot, setting = key.partition(".")
+        if dot and axis in by_axis:
+            by_axis[axis][setting] = value
+        elif not dot and key in plain:
+            config[key] = value
+        else:
+            raise PemlError(f"set.{key} is unknown: write adapter.NAME, prompt.NAME, or one of {', '.join(sorted(plain))}")
+    for axis, changes in by_axis.items():
+        if changes and parts[axis] is None:
+            raise PemlError(f"set.{axis}.{next(iter(changes))} does not apply: method {name!r} has no {axis}")
+        if changes:
+            parts[axis] = changed(f"set.{axis}", parts[axis], changes)
+    return PemlConfig(task_names=list(task_names), **parts, **config)
+
+
+def methods() -> dict[str, Method]:
+    """All named methods."""
+    return dict(METHODS)
+
+
+def named(name: str) -> Method:
+    """One row of the table.
+
+    Raises:
+        PemlError: there is no such method; the message lists them and the nearest.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, 1)
+        did_you_mean = f"did you mean {near[0]}? " if near else ""
+        raise PemlError(f"unknown method {name!r}: {did_you_mean}there are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def trainable_parameters(config: PemlConfig, model: PreTrainedModel) -> int:
+    """Numbers that `config` would train on `model`, counted on a copy without memory; `model` is not touched."""
+    with torch.device("meta"):
+        empty = type(model)(copy.deepcopy(model.config))
+        # The random state is left as it was: counting must not change what a seed gives.
+        with torch.random.fork_rng(devices=[]):
+            wrapped = get_peft_model(empty, copy.deepcopy(config), low_cpu_mem_usage=True)
+    return sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+
+
+def match_params(config: PemlConfig, model: PreTrainedModel, budget: int) -> PemlConfig:
+    """The same method with the rank (or prefix length) whose trainable parameters come nearest to `budget`.
+
+    Args:
+        config: what to resize; its rank is solved for, or its prefix length if it has no adapter.
+        model: the base model, whose layers decide what a rank costs.
+        budget: trainable numbers to aim for.
+
+    Raises:
+        PemlError: even the smallest size is more than twice the budget.
+    """
+    key = "r" if config.adapter is not None else "num_virtual_tokens"
+
+    def resized(size: int) -> PemlConfig:
+        new = copy.deepcopy(config)
+        if config.adapter is not None:
+            new.adapter = changed("adapter", config.adapter, {key: size})
+        else:
+            assert config.prompt is not None
+            new.prompt = changed("prompt", config.prompt, {key: size})
+        return new
+
+    def cost(size: int) -> int:
+        return trainable_parameters(resized(size), model)
+
+    low, high = 1, 2
+    while cost(high) < budget and high < 2**16:
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) < budget else (low, middle)
+    best = min((low, high), key=lambda size: abs(cost(size) - budget))
+    if cost(best) > 2 * budget:
+        raise PemlError(f"{key} 1 already trains {cost(best):,} parameters, more than twice the budget of {budget:,}")
+    return resized(best)

@@ -1,0 +1,8 @@
+"""Training: recipes, the trainer, and the folder of a run."""
+
+from peml.training.folder import RunFolder
+from peml.training.recipe import Recipe, load_recipe
+from peml.training.run import open_run, train
+from peml.training.trainer import MultiTaskTrainer
+
+__all__ = ["MultiTaskTrainer", "Recipe", "RunFolder", "load_recipe", "open_run", "train"]

@@ -1,0 +1,114 @@
+"""The folder of a run: what lies where, written so that an interruption never leaves half a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peml.errors import PemlError
+
+
+class RunFolder:
+    """Names of a run's files.
+
+    `recipe.yaml` (resolved), `adapter/` (PEFT's format), `metrics.json`, `log.jsonl`, `checkpoints/`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.adapter = self.path / "adapter"
+        self.metrics = self.path / "metrics.json"
+        self.log = self.path / "log.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+
+    @classmethod
+    def existing(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """A folder that holds a finished run.
+
+        Raises:
+            PemlError: it does not; the message says what is missing.
+        """
+        run = cls(path)
+        if not run.path.is_dir():
+            raise PemlError(f"{run.path} is not a folder: give the folder that `peml train` wrote")
+        for part in (run.recipe, run.adapter / "adapter_config.json"):
+            if not part.exists():
+                unfinished = "; the run was interrupted, continue it with --resume" if run.checkpoints.exists() else ""
+                raise PemlError(f"{run.path} holds no finished run: {part.relative_to(run.path)} is missing{unfinished}")
+        return run
+
+    def create(self, *, resume: bool = False, overwrite: bool = False) -> None:
+        """Make the folder, without ever mixing two runs.
+
+        Raises:
+            PemlError: it holds a run already and neither resuming nor overwriting was asked for.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise PemlError(f"{self.path} is a file: give a folder for the run")
+        used = self.path.is_dir() and any(self.path.iterdir())
+        ours = any(p.exists() for p in (self.recipe, self.checkpoints, self.adapter))
+        if used and overwrite and not resume:
+            if not ours:
+                raise PemlError(f"{self.path} is not empty and holds no run of peml: it is not overwritten")
+            shutil.rmtree(self.path)
+        elif used and not resume:
+            raise PemlError(f"{self.path} already holds files: add --resume, --overwrite, or another --output")
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end; incomplete ones are removed."""
+        found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+        for checkpoint in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+            if _complete(checkpoint):
+                return checkpoint
+            shutil.rmtree(checkpoint)
+        return None
+
+    def write_json(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Replace a JSON file in one step."""
+        write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def read_metrics(self) -> dict[str, Any]:
+        """`metrics.json`, or nothing if the run has none yet."""
+        if not self.metrics.exists():
+            return {}
+        return json.loads(self.metrics.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+    def append_log(self, entry: Mapping[str, Any]) -> None:
+        """Add a line to `log.jsonl`."""
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def rewind_log(self, step: int) -> None:
+        """Drop what was logged after a checkpoint that training goes on from."""
+        if not self.log.exists():
+            return
+        kept = []
+        for line in self.log.read_text(encoding="utf-8").split("\n"):
+            try:
+                if line and json.loads(line).get("step", 0) <= step:
+                    kept.append(line)
+            except json.JSONDecodeError:  # the line that was being written when the run was killed
+                continue
+        write_text(self.log, "".join(line + "\n" for line in kept))
+
+
+def _complete(checkpoint: Path) -> bool:
+    # The Trainer writes its state last: if that can be read, everything before it is there.
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,86 @@
+"""What a person sees and what the log keeps while a run goes on."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peml.training.folder import RunFolder
+
+
+def progress_bar(console: Console) -> Progress:
+    """The one style of progress bar; disappears when done."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+class RunLog(TrainerCallback):
+    """A bar on the terminal, and every logged number as a line of `log.jsonl`."""
+
+    def __init__(self, folder: RunFolder, progress: Progress, label: str = "train") -> None:
+        self.folder = folder
+        self.progress = progress
+        self.label = label
+        self.bar: Any = None
+        self.first_loss: dict[str, float] = {}
+        self.last_loss: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar, from where a resumed run goes on."""
+        self._start = time.perf_counter()
+        for entry in state.log_history:
+            self._remember(entry)
+        if state.is_world_process_zero:
+            self.bar = self.progress.add_task(self.label, total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """One step further."""
+        if self.bar is not None:
+            self.progress.update(self.bar, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the numbers; show the loss beside the bar."""
+        self._remember(logs or {})
+        if state.is_world_process_zero and logs:
+            elapsed = round(time.perf_counter() - self._start, 3)
+            self.folder.append_log({"step": state.global_step, "elapsed_seconds": elapsed, **logs})
+            if self.bar is not None and "loss" in logs:
+                self.progress.update(self.bar, description=f"{self.label} (loss {logs['loss']:.3f})")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.progress.remove_task(self.bar)
+            self.bar = None
+
+    def _remember(self, logs: dict[str, float]) -> None:
+        for key, value in logs.items():
+            kind, slash, task = key.partition("/")
+            if kind == "loss" and slash:
+                self.first_loss.setdefault(task, value)
+                self.last_loss[task] = value

@@ -1,0 +1,199 @@
+"""`MultiTaskTrainer`: the Hugging Face Trainer with mixed-task batches, a loss per task and parameter groups.
+
+Overridden are batch composition, routing, the loss, the optimiser's groups and evaluation; loop, precision,
+distribution and checkpoints are the Trainer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peml.errors import PemlError
+from peml.mixing import MixtureSampler, Mixing
+from peml.training.data import TaskRows
+from peml.training.loss import LossMeter, answer_tokens, task_mean, token_loss_by_task
+
+FINETUNE_FRACTION = 0.1
+"""Share of the training that follows the search, on the derived architecture: our choice."""
+
+
+class MultiTaskTrainer(Trainer):
+    """Train one PEML adapter on many tasks.
+
+    Args:
+        model: a `PeftModel` with a PEML adapter active.
+        args: transformers' arguments; `learning_rate` is the adapter's.
+        train_dataset: rows with their tasks; its `task_names` must be the adapter's.
+        mixing: how tasks share an epoch and a batch.
+        prompt_learning_rate, architecture_learning_rate: of those parts; None: the prompt's own default.
+        task_weights: weight of each task in the loss; None: all 1.
+        finetune_fraction: share of the steps after the architecture is derived.
+        evaluate_tasks: called with the model, returns `{task: {metric: value}}`; the first metric of each task
+            enters `eval_average`.
+        kwargs: as for `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        train_dataset: TaskRows,
+        mixing: Mixing | None = None,
+        prompt_learning_rate: float | None = None,
+        architecture_learning_rate: float | None = None,
+        task_weights: Mapping[str, float] | None = None,
+        finetune_fraction: float = FINETUNE_FRACTION,
+        evaluate_tasks: Callable[[nn.Module], dict[str, dict[str, float]]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.n_gpu > 1:
+            raise PemlError("several GPUs in one process are not supported: start one process per GPU, `accelerate launch`")
+        # The collator's `tasks` is no argument of the base model's forward; transformers would drop it.
+        args.remove_unused_columns = False
+        self.mixing = mixing or Mixing()
+        self.tuner = model.base_model
+        self.task_names = list(train_dataset.task_names)
+        assert self.task_names == self.tuner.config_in_force.task_names  # type: ignore[union-attr]
+        self._rates = {"prompt": prompt_learning_rate, "architecture": architecture_learning_rate}
+        self._weights = None if task_weights is None else torch.tensor([task_weights[n] for n in self.task_names])
+        self._evaluate_tasks = evaluate_tasks
+        self._meter = LossMeter(self.task_names)
+        self._penalties: dict[str, Tensor] = {}
+        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+        # The loss is divided by the tokens of the whole step, so accumulation must not divide it again.
+        self.loss_is_scaled_for_ga = True
+        self.add_callback(SearchSchedule(self.tuner, finetune_fraction))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        rows: TaskRows = self.train_dataset
+        return MixtureSampler(rows.row_tasks, self.mixing, self.args.seed, self.args.train_batch_size)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
+        """Answer tokens by task over the micro-batches and devices of a step, `[T]`."""
+        if not batch_samples:
+            return None
+        counts = sum(answer_tokens(b["labels"].cpu(), b["tasks"], len(self.task_names)) for b in batch_samples)
+        assert isinstance(counts, Tensor)
+        return self.accelerator.reduce(counts.to(device), "sum")  # type: ignore[no-any-return]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Task-mean loss of the answers, plus the prompt's penalties."""
+        labels, tasks = inputs["labels"], inputs["tasks"]
+        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
+        sums = token_loss_by_task(
+            outputs.logits, labels, tasks, len(self.task_names), self.args.label_smoothing_factor
+        )
+        tokens = answer_tokens(labels, tasks, len(self.task_names))
+        self._meter.add(sums, tokens)
+        whole = num_items_in_batch if isinstance(num_items_in_batch, Tensor) else tokens
+        # Gradients are averaged over devices, whereas `whole` already counts all of them.
+        loss = task_mean(sums, whole.to(sums.device), self._weights) * self.accelerator.num_processes
+        loss = loss + self._penalty() / getattr(self, "current_gradient_accumulation_steps", 1)
+        return (loss, outputs) if return_outputs else loss
+
+    def _penalty(self) -> Tensor | float:
+        if self.tuner.prompt is None or not torch.is_grad_enabled():
+            return 0.0
+        terms = self.tuner.prompt.penalties()
+        self._penalties = {name: term.detach() for name, term in terms.items()}
+        return sum(terms.values(), 0.0)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One group per part: adapter, adapter per task (no decay), prompt, architecture (no decay)."""
+        if self.optimizer is None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind(self._parameter_groups(), **settings)
+        return self.optimizer
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        parts, stacked = self.tuner.parts(), self.tuner.per_task_parameters()
+        listed = {id(p) for part in parts.values() for p in part}
+        # What `modules_to_save` made trainable goes with the adapter.
+        parts["adapter"] += [p for p in self.model.parameters() if p.requires_grad and id(p) not in listed]
+        decay, rate = self.args.weight_decay, self.args.learning_rate
+        config = self.tuner.config_in_force.prompt
+        groups = [
+            ("adapter", [p for p in parts["adapter"] if id(p) not in stacked], rate, decay),
+            ("adapter per task", [p for p in parts["adapter"] if id(p) in stacked], rate, 0.0),
+        ]
+        for part in ("prompt", "architecture"):
+            own = getattr(config, f"{part}_learning_rate", rate)
+            groups.append((part, parts[part], self._rates[part] or own, decay if part == "prompt" else 0.0))
+        return [
+            {"name": name, "params": trainable, "lr": lr, "weight_decay": wd}
+            for name, params, lr, wd in groups
+            if (trainable := [p for p in params if p.requires_grad])
+        ]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the loss of each task and the penalties to what is logged."""
+        if "loss" in logs:
+            logs |= {f"loss/{name}": value for name, value in self._meter.pop(self.accelerator).items()}
+            logs |= {f"penalty/{name}": float(value) for name, value in self._penalties.items()}
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Every metric of every task as `eval_{task}/{metric}`, and `eval_average` over first metrics."""
+        if self._evaluate_tasks is None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[no-any-return]
+        results = self._evaluate_tasks(self.model)
+        metrics = {f"{metric_key_prefix}_{t}/{m}": v for t, own in results.items() for m, v in own.items()}
+        metrics[f"{metric_key_prefix}_average"] = sum(next(iter(r.values())) for r in results.values()) / len(results)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class SearchSchedule(TrainerCallback):
+    """Tells a searching prompt how far training is, and derives its architecture when the search is over.
+
+    Everything follows from the step number, so that a resumed run does what an uninterrupted one does.
+    """
+
+    def __init__(self, tuner: Any, finetune_fraction: float) -> None:
+        self.tuner = tuner
+        self.finetune_fraction = finetune_fraction
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Progress of the search; at its end, derive."""
+        prompt = self.tuner.prompt
+        if prompt is None:
+            return
+        search_steps = max(1, round(state.max_steps * (1 - self.finetune_fraction)))
+        prompt.set_progress(min(1.0, state.global_step / search_steps))
+        if state.global_step >= search_steps:
+            self._derive(prompt)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A search that training left open is closed."""
+        if self.tuner.prompt is not None:
+            self._derive(self.tuner.prompt)
+
+    def _derive(self, prompt: Any) -> None:
+        if getattr(prompt, "searching", False):
+            prompt.derive()
+
+
+def learning_rates(trainer: MultiTaskTrainer) -> dict[str, float]:
+    """Initial learning rate of every parameter group, for the record."""
+    groups: Sequence[Mapping[str, Any]] = trainer._parameter_groups()
+    return {group["name"]: group["lr"] for group in groups}

@@ -1,0 +1,148 @@
+"""How tasks share epochs and batches: probabilities, passes without repetition, resumption."""
+
+from collections import Counter
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from peml.errors import PemlError
+from peml.mixing import Mixing, MixtureSampler
+
+SIZES = (50, 8, 3)
+ROW_TASKS = list(np.random.default_rng(0).permutation(np.repeat(range(3), SIZES)))
+
+
+def sampler(
+    mixing: Mixing, seed: int = 0, batch_size: int = 4, num_samples: int | None = None
+) -> MixtureSampler:
+    return MixtureSampler(ROW_TASKS, mixing, seed, batch_size, num_samples)
+
+
+def epoch(source: MixtureSampler, number: int) -> list[int]:
+    source.set_epoch(number)
+    return list(source)
+
+
+def task_counts(rows: list[int]) -> list[int]:
+    counts = Counter(int(ROW_TASKS[row]) for row in rows)
+    return [counts[task] for task in range(3)]
+
+
+def test_probabilities_follow_the_equation() -> None:
+    counts = {"a": 100, "b": 25}
+    assert Mixing(by="proportional").task_probabilities(counts) == pytest.approx({"a": 0.8, "b": 0.2})
+    assert Mixing(by="equal").task_probabilities(counts) == pytest.approx({"a": 0.5, "b": 0.5})
+    assert Mixing().task_probabilities(counts) == pytest.approx({"a": 2 / 3, "b": 1 / 3})
+    assert Mixing(cap=25).task_probabilities(counts) == pytest.approx({"a": 0.5, "b": 0.5})
+    assert Mixing(by="proportional", cap=75).task_probabilities(counts) == pytest.approx(
+        {"a": 0.75, "b": 0.25}
+    )
+    assert Mixing(temperature=1).task_probabilities(counts) == pytest.approx({"a": 0.8, "b": 0.2})
+    assert Mixing(temperature=float("inf")).task_probabilities(counts) == pytest.approx({"a": 0.5, "b": 0.5})
+    assert Mixing(temperature=1e-4).task_probabilities(counts) == pytest.approx({"a": 1.0, "b": 0.0})
+
+
+def test_proportional_is_a_plain_shuffled_pass() -> None:
+    drawn = sampler(Mixing(by="proportional"))
+    for number in range(5):
+        rows = epoch(drawn, number)
+        assert sorted(rows) == list(range(len(ROW_TASKS)))
+        assert rows != sorted(rows)
+
+
+@pytest.mark.parametrize("batches", ["mixed", "homogeneous"])
+def test_draws_depend_on_seed_and_epoch_alone(batches: str) -> None:
+    mixing = Mixing(batches=batches)  # type: ignore[arg-type]
+    first = sampler(mixing, seed=7)
+    uninterrupted = [epoch(first, number) for number in range(6)]
+    assert epoch(sampler(mixing, seed=7), 5) == uninterrupted[5]  # a restart that never saw epochs 0 to 4
+    assert epoch(first, 2) == uninterrupted[2]
+    assert len({tuple(rows) for rows in uninterrupted}) == 6
+    assert epoch(sampler(mixing, seed=8), 0) != uninterrupted[0]
+
+
+@pytest.mark.parametrize("batches", ["mixed", "homogeneous"])
+@pytest.mark.parametrize("by", ["proportional", "temperature", "equal"])
+def test_rows_of_a_task_are_not_repeated_before_all_were_seen(by: str, batches: str) -> None:
+    mixing = Mixing(by=by, batches=batches)  # type: ignore[arg-type]
+    drawn = sampler(mixing)
+    rows = list(chain.from_iterable(epoch(drawn, number) for number in range(7)))
+    for task in range(3):
+        seen = Counter(row for row in rows if ROW_TASKS[row] == task)
+        # Within an epoch the order of a pass is mixed again, so counts tell passes apart, not positions.
+        assert len(seen) == SIZES[task] or max(seen.values()) == 1
+        assert max(seen.values()) - min(seen.values()) <= 1
+
+
+def test_shares_are_exact_up_to_rounding_and_on_average() -> None:
+    mixing = Mixing(temperature=3)
+    drawn = sampler(mixing, num_samples=100)
+    shares = mixing.task_probabilities({str(task): size for task, size in enumerate(SIZES)})
+    wanted = 100 * np.array(list(shares.values()))
+    counts = np.array([task_counts(epoch(drawn, number)) for number in range(80)])
+    assert (counts.sum(1) == 100).all()
+    assert (np.abs(counts - wanted) < 1).all()
+    assert np.abs(counts.mean(0) - wanted).max() < 0.25
+
+
+def test_an_epoch_shorter_than_the_number_of_tasks_reaches_all_of_them_in_time() -> None:
+    drawn = sampler(Mixing(by="equal"), num_samples=1)
+    assert set(chain.from_iterable(np.flatnonzero(task_counts(epoch(drawn, n))) for n in range(40))) == {
+        0,
+        1,
+        2,
+    }
+
+
+@pytest.mark.parametrize("by", ["proportional", "temperature", "equal"])
+def test_homogeneous_batches_hold_one_task_each(by: str) -> None:
+    drawn = sampler(Mixing(by=by, batches="homogeneous"), batch_size=4)  # type: ignore[arg-type]
+    rows = epoch(drawn, 3)
+    assert len(rows) == len(drawn) == 64  # 61 rows, rounded up to whole batches
+    blocks = [rows[start : start + 4] for start in range(0, len(rows), 4)]
+    assert all(len({ROW_TASKS[row] for row in block}) == 1 for block in blocks)
+    assert len({ROW_TASKS[block[0]] for block in blocks}) > 1
+
+
+def test_mixed_batches_mix() -> None:
+    rows = epoch(sampler(Mixing(by="equal"), num_samples=600), 0)
+    halves = [task_counts(rows[:300]), task_counts(rows[300:])]
+    assert all(60 < count < 140 for half in halves for count in half)
+
+
+def test_any_task_ids_and_one_task_alone_will_do() -> None:
+    assert sorted(MixtureSampler([5, 5, 9], Mixing(by="proportional"), 0, 2)) == [0, 1, 2]
+    assert sorted(MixtureSampler([4, 4], Mixing(), 0, 2)) == [0, 1]
+
+
+def test_a_large_mixture_is_drawn_quickly() -> None:
+    rows = list(MixtureSampler(np.arange(400_000) % 7, Mixing(), 0, 8))  # type: ignore[arg-type]
+    assert len(rows) == 400_000
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"by": "size"}, "`by` must be one of proportional, temperature, equal, not 'size'"),
+        ({"batches": "one"}, "`batches` must be one of mixed, homogeneous, not 'one'"),
+        ({"temperature": 0.0}, "`temperature` must be above 0, not 0.0"),
+        ({"temperature": float("nan")}, "`temperature` must be above 0"),
+        ({"cap": 0}, "`cap` must be at least 1, not 0"),
+    ],
+)
+def test_bad_mixings_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(PemlError, match=message):
+        Mixing(**fields)  # type: ignore[arg-type]
+
+
+def test_bad_rows_are_refused() -> None:
+    with pytest.raises(PemlError, match="task 'b' has no rows"):
+        Mixing().task_probabilities({"a": 1, "b": 0})
+    with pytest.raises(PemlError, match="no task to draw from"):
+        Mixing().task_probabilities({})
+    with pytest.raises(PemlError, match="no rows to draw from"):
+        MixtureSampler([], Mixing(), 0, 1)
+    for seed, batch_size, samples in ((-1, 1, 1), (0, 0, 1), (0, 1, 0)):
+        with pytest.raises(PemlError, match=f"they are {seed}, {batch_size} and {samples}"):
+            MixtureSampler([0], Mixing(), seed, batch_size, samples)
