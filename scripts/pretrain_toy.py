@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import tokenizers
@@ -26,8 +27,7 @@ from peml.tasks.toy import documents
 DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "src" / "peml" / "assets" / "toy-llama"
 VOCABULARY = 1024
 POSITIONS = 256
-ROW = 128
-ROWS = 32
+TOKENS = 2048
 PEAK_RATE = 4e-3
 HELD_OUT = "held-out"
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -84,17 +84,36 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, count: int, seed: str) -> Iterator[torch.Tensor]:
-    """Yield token batches whose every row starts with a document and is filled with further ones."""
-    texts = documents(count * ROWS * ROW // 8, seed)
+def batches(tokenizer: PreTrainedTokenizerFast, count: int, seed: str) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield batches of about `TOKENS` tokens, each of rows of similar length.
+
+    Most rows are one document and some are several: a lone document is what teaches the model to look
+    things up in it, and the longer rows teach it the positions that a prompt behind a prefix will have.
+    """
+    rng = Random(f"toy-rows:{seed}")
+    texts = documents(count * TOKENS, seed)
+    ready: list[dict[str, torch.Tensor]] = []
     for _ in range(count):
-        rows = []
-        for _ in range(ROWS):
-            row: list[int] = []
-            while len(row) < ROW:
-                row += [*tokenizer(next(texts)).input_ids, tokenizer.eos_token_id]
-            rows.append(row[:ROW])
-        yield torch.tensor(rows)
+        if not ready:
+            rows = []
+            for many in rng.choices((1, 2, 3), (8, 2, 1), k=1024):
+                parts = tokenizer([next(texts) for _ in range(many)]).input_ids
+                rows.append([token for part in parts for token in (*part, tokenizer.eos_token_id)])
+            rows.sort(key=len)
+            while rows:
+                size = max(1, TOKENS // len(rows[-1]))
+                ready.append(_padded(rows[-size:], tokenizer.pad_token_id))
+                del rows[-size:]
+            rng.shuffle(ready)
+        yield ready.pop()
+
+
+def _padded(rows: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
+    """Return rows as one batch; padding is on the right, where no earlier token can see it."""
+    ids = torch.full((len(rows), max(map(len, rows))), pad)
+    for line, row in zip(ids, rows, strict=True):
+        line[: len(row)] = torch.tensor(row)
+    return {"input_ids": ids, "labels": ids.masked_fill(ids == pad, -100)}
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -110,9 +129,7 @@ def learning_rate(step: int, steps: int) -> float:
 def held_out_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> float:
     """Return the mean loss per token on documents that were not trained on."""
     model.eval()
-    losses = [
-        model(input_ids=ids, labels=ids).loss.item() for ids in batches(tokenizer, 8, f"{seed}:{HELD_OUT}")
-    ]
+    losses = [model(**batch).loss.item() for batch in batches(tokenizer, 16, f"{seed}:{HELD_OUT}")]
     model.train()
     return sum(losses) / len(losses)
 
@@ -124,15 +141,17 @@ def train(
     decayed = [p for p in model.parameters() if p.ndim > 1]
     kept = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": kept, "weight_decay": 0.0}], betas=(0.9, 0.98)
+        [{"params": decayed, "weight_decay": 0.05}, {"params": kept, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+        fused=True,
     )
     curve: list[list[float]] = []
     recent: list[float] = []
     model.train()
-    for step, ids in enumerate(batches(tokenizer, steps, f"{seed}:train")):
+    for step, batch in enumerate(batches(tokenizer, steps, f"{seed}:train")):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -184,7 +203,7 @@ def main() -> None:
         "script": "scripts/pretrain_toy.py",
         "seed": args.seed,
         "steps": args.steps,
-        "tokens": args.steps * ROWS * ROW,
+        "tokens": args.steps * TOKENS,
         "parameters": model.num_parameters(),
         "peak_learning_rate": PEAK_RATE,
         "held_out_loss": round(loss, 4),

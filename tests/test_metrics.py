@@ -65,9 +65,7 @@ def test_exact_match_forgives_case_and_spacing_only() -> None:
         (["1"], ["1"]),
     ],
 )
-def test_degenerate_input_counts_and_does_not_warn(
-    name: str, predictions: list[str], references: list[str]
-) -> None:
+def test_degenerate_input_counts_and_does_not_warn(name: str, predictions: list[str], references: list[str]) -> None:
     """Warnings are errors in this suite, so a warning would fail the test."""
     value = compute(name, predictions, references, ("0", "1"))
     assert -1.0 <= value <= 1.0

@@ -13,9 +13,7 @@ SIZES = (50, 8, 3)
 ROW_TASKS = list(np.random.default_rng(0).permutation(np.repeat(range(3), SIZES)))
 
 
-def sampler(
-    mixing: Mixing, seed: int = 0, batch_size: int = 4, num_samples: int | None = None
-) -> MixtureSampler:
+def sampler(mixing: Mixing, seed: int = 0, batch_size: int = 4, num_samples: int | None = None) -> MixtureSampler:
     return MixtureSampler(ROW_TASKS, mixing, seed, batch_size, num_samples)
 
 
@@ -35,9 +33,7 @@ def test_probabilities_follow_the_equation() -> None:
     assert Mixing(by="equal").task_probabilities(counts) == pytest.approx({"a": 0.5, "b": 0.5})
     assert Mixing().task_probabilities(counts) == pytest.approx({"a": 2 / 3, "b": 1 / 3})
     assert Mixing(cap=25).task_probabilities(counts) == pytest.approx({"a": 0.5, "b": 0.5})
-    assert Mixing(by="proportional", cap=75).task_probabilities(counts) == pytest.approx(
-        {"a": 0.75, "b": 0.25}
-    )
+    assert Mixing(by="proportional", cap=75).task_probabilities(counts) == pytest.approx({"a": 0.75, "b": 0.25})
     assert Mixing(temperature=1).task_probabilities(counts) == pytest.approx({"a": 0.8, "b": 0.2})
     assert Mixing(temperature=float("inf")).task_probabilities(counts) == pytest.approx({"a": 0.5, "b": 0.5})
     assert Mixing(temperature=1e-4).task_probabilities(counts) == pytest.approx({"a": 1.0, "b": 0.0})

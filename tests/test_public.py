@@ -53,9 +53,7 @@ print(json.dumps({"asked": asked, "modules": sorted(sys.modules)}))
 def fresh_import() -> dict[str, Any]:
     """What a new interpreter does on importing peml and every public name, with the Hub allowed."""
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result

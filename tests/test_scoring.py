@@ -1,6 +1,7 @@
 """Option scoring, greedy answers and whole evaluations, against one-by-one loops without any batching."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| ?[^\s]+"), behavior="isolated")
     inner.decoder = decoders.Fuse()
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 @pytest.fixture
@@ -91,7 +90,7 @@ class Routed(nn.Module):
         return self.inner.generate(input_ids=input_ids, **kwargs)
 
 
-def questions(count: int = 23) -> list[Example]:
+def questions(count: int = 13) -> list[Example]:
     """Prompts and options of many lengths."""
     made = []
     for n in range(count):
@@ -101,13 +100,15 @@ def questions(count: int = 23) -> list[Example]:
     return made
 
 
-def naive(model: LlamaForCausalLM, encoded: Encoded) -> float:
-    """Log-likelihood of the labelled tokens: one row, no padding, double precision."""
-    double = model.double().eval()
-    with torch.no_grad():
-        logs = double(input_ids=torch.tensor([encoded.input_ids])).logits[0].log_softmax(-1)
-    model.float()
-    return float(sum(logs[i - 1, label] for i, label in enumerate(encoded.labels) if label != -100))
+def naive(model: LlamaForCausalLM, encodings: Sequence[Encoded]) -> list[float]:
+    """Log-likelihoods of the labelled tokens: row by row, no padding, double precision."""
+    double = deepcopy(model).double().eval()
+    sums = []
+    for encoded in encodings:
+        with torch.no_grad():
+            logs = double(input_ids=torch.tensor([encoded.input_ids])).logits[0].log_softmax(-1)
+        sums.append(float(sum(logs[i - 1, label] for i, label in enumerate(encoded.labels) if label != -100)))
+    return sums
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
@@ -117,11 +118,9 @@ def test_log_likelihoods_equal_a_naive_loop(
 ) -> None:
     examples = questions()
     flat = [e for group in encode_choices(tokenizer, examples, LENGTH) for e in group]
-    truth = [naive(model, encoded) for encoded in flat]
+    truth = naive(model, flat)
     names = [e.task for e in examples for _ in e.choices] if routed else None
-    scores = log_likelihoods(
-        Routed(model) if routed else model, tokenizer, flat, names, batch_size=batch_size
-    )
+    scores = log_likelihoods(Routed(model) if routed else model, tokenizer, flat, names, batch_size=batch_size)
     assert scores == pytest.approx(truth, abs=2e-4)
 
 
@@ -132,10 +131,9 @@ def test_the_best_choice_is_that_of_a_naive_loop(
     examples = questions()
     truth = []
     for example, group in zip(examples, encode_choices(tokenizer, examples, LENGTH), strict=True):
-        scores = [
-            naive(model, e) / (len(c) if normalize else 1)
-            for e, c in zip(group, example.choices, strict=True)
-        ]
+        scores = naive(model, group)
+        if normalize:
+            scores = [score / len(choice) for score, choice in zip(scores, example.choices, strict=True)]
         truth.append(scores.index(max(scores)))
     for batch_size in (1, 7):
         assert truth == score_choices(
@@ -161,17 +159,14 @@ def test_length_normalization_counts_bytes() -> None:
 
 
 def test_each_row_is_sent_with_its_task(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    routed, examples, done = Routed(model), questions(6), []
-    score_choices(
-        routed, tokenizer, examples, max_length=LENGTH, batch_size=4, tasks_kwarg=True, progress=done.append
-    )
+    routed, examples = Routed(model), questions(6)
+    done: list[int] = []
+    score_choices(routed, tokenizer, examples, max_length=LENGTH, batch_size=4, tasks_kwarg=True, progress=done.append)
     assert sorted(name for call in routed.calls for name in call) == ["even"] * 6 + ["odd"] * 9
     assert sum(done) == 15 and max(done) == 4
 
 
-def naive_answer(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, ids: list[int], count: int = 6
-) -> str:
+def naive_answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, ids: list[int], count: int = 6) -> str:
     """Greedy continuation by whole forward passes, one token at a time."""
     new: list[int] = []
     model.eval()
@@ -216,6 +211,30 @@ def test_an_answer_ends_at_the_end_token_or_the_line(
     assert len({len(answer.split()) for answer in found}) > 1
 
 
+def test_answers_of_several_lines_go_on_if_asked(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids("\n")] *= 3
+    lines = answers(model, tokenizer, questions(), one_line=False)
+    assert [line.split("\n")[0] for line in lines] != lines
+    seen = generated_by_evaluation(model, tokenizer, "red\nmat")
+    assert "\n" in seen and "\n" not in generated_by_evaluation(model, tokenizer, "red mat")
+
+
+def generated_by_evaluation(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, answer: str) -> str:
+    """What an evaluation lets the model write when the right answers look like `answer`."""
+    examples = [Example("write", e.prompt, answer, (), e.origin) for e in questions()]
+    written: list[str] = []
+
+    def listen(name: str, predictions: list[str], *rest: object) -> float:
+        written.extend(predictions)
+        return 0.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peml.evaluation.evaluate.compute", listen)
+        evaluate_tasks(model, tokenizer, {"write": examples}, TASKS, max_length=LENGTH, batch_size=4, tasks_kwarg=False)
+    return "|".join(written)
+
+
 def test_the_models_own_sampling_settings_do_not_matter(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -229,7 +248,8 @@ def test_the_models_own_sampling_settings_do_not_matter(
 def test_generation_is_sent_with_its_tasks_and_leaves_room(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    routed, examples, done = Routed(model), questions(7), []
+    routed, examples = Routed(model), questions(7)
+    done: list[int] = []
     found = answers(routed, tokenizer, examples, tasks_kwarg=True, progress=done.append)
     assert found == answers(model, tokenizer, examples) and done == [5, 2]
     assert sorted(name for call in routed.calls for name in call) == ["even"] * 4 + ["odd"] * 3
@@ -250,9 +270,7 @@ def test_every_module_keeps_its_mode(
     before = [module.training for module in routed.modules()]
 
     def score(tasks_kwarg: bool) -> list[int]:
-        return score_choices(
-            routed, tokenizer, examples, max_length=LENGTH, batch_size=2, tasks_kwarg=tasks_kwarg
-        )
+        return score_choices(routed, tokenizer, examples, max_length=LENGTH, batch_size=2, tasks_kwarg=tasks_kwarg)
 
     assert score(True) == score(True)  # dropout was off
     assert answers(routed, tokenizer, examples, tasks_kwarg=True) == answers(model, tokenizer, examples)
@@ -262,11 +280,22 @@ def test_every_module_keeps_its_mode(
     assert torch.is_grad_enabled()
 
 
+def test_examples_without_choices_cannot_be_scored(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    example = Example("t", "the cat", "red", (), "rows:3")
+    with pytest.raises(PemlError, match="rows:3: task 't' has no choices to score"):
+        score_choices(model, tokenizer, [example], max_length=LENGTH, batch_size=2, tasks_kwarg=False)
+
+
 # --------------------------------------------------------------------------------------- whole evaluations
 
 
 def task(name: str, **fields: Any) -> Task:
-    given = {"kind": "choose", "prompt": "{{ p }}", "answer": "a", "source": FileSource(train="rows.jsonl")}
+    given: dict[str, Any] = {
+        "kind": "choose",
+        "prompt": "{{ p }}",
+        "answer": "a",
+        "source": FileSource(train="rows.jsonl"),
+    }
     return Task(name=name, **(given | fields))
 
 
@@ -312,35 +341,27 @@ def test_an_evaluation_has_metrics_size_and_loss(
             for e, group in zip(examples, encode_choices(tokenizer, examples, LENGTH), strict=True)
         ]
         tokens = sum(label != -100 for encoded in right for label in encoded.labels)
-        assert results[name]["loss"] == pytest.approx(-sum(naive(model, e) for e in right) / tokens, abs=1e-4)
+        assert results[name]["loss"] == pytest.approx(-sum(naive(model, right)) / tokens, abs=1e-4)
         assert results[name]["n"] == len(examples)
-    picked = score_choices(
-        model, tokenizer, groups["even"], max_length=LENGTH, batch_size=3, tasks_kwarg=False
-    )
+    picked = score_choices(model, tokenizer, groups["even"], max_length=LENGTH, batch_size=3, tasks_kwarg=False)
     hits = [e.choices[i] == e.answer for e, i in zip(groups["even"], picked, strict=True)]
     assert results["even"]["accuracy"] == sum(hits) / len(hits)
     first = [results["odd"]["macro_f1"], results["even"]["accuracy"], results["write"]["exact_match"]]
     assert average(results, TASKS) == pytest.approx(sum(first) / 3)
 
 
-def test_evaluations_without_sense_are_refused(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_evaluations_without_sense_are_refused(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     def run(groups: dict[str, list[Example]], tasks: dict[str, Task] = TASKS) -> None:
         evaluate_tasks(model, tokenizer, groups, tasks, max_length=LENGTH, batch_size=4, tasks_kwarg=False)
 
     with pytest.raises(PemlError, match="task 'odd' has no examples to evaluate on"):
         run({"odd": []})
-    with pytest.raises(
-        PemlError, match="task 'other' has examples but is not among the tasks odd, even, write"
-    ):
+    with pytest.raises(PemlError, match="task 'other' has examples but is not among the tasks odd, even, write"):
         run({"other": questions(1)})
     with pytest.raises(PemlError, match="no results to average"):
         average({}, TASKS)
     words = task("write", kind="generate", metrics=("pearson",))
-    with pytest.raises(
-        PemlError, match="task 'write': a correlation needs answers that are numbers, not 'red mat'"
-    ):
+    with pytest.raises(PemlError, match="task 'write': a correlation needs answers that are numbers, not 'red mat'"):
         run({"write": by_task()["write"]}, {"write": words})
 
 
@@ -360,9 +381,7 @@ def test_a_real_model_prefers_sense_and_writes_a_story(shared_path: Callable[[st
         Example("t", "Once upon a time", "x", (), "o:1"),
         Example("t", "One day, a big dog", "x", (), "o:2"),
     ]
-    both = generate_answers(
-        real, its, start, max_length=64, max_new_tokens=10, batch_size=2, tasks_kwarg=False
-    )
+    both = generate_answers(real, its, start, max_length=64, max_new_tokens=10, batch_size=2, tasks_kwarg=False)
     alone = [
         generate_answers(real, its, [e], max_length=64, max_new_tokens=10, batch_size=1, tasks_kwarg=False)[0]
         for e in start

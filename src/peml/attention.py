@@ -36,14 +36,21 @@ _PROBE: ContextVar[list[tuple[nn.Module, AttentionSlot, int]] | None] = ContextV
 
 
 class PromptHost(nn.Module, BaseTunerLayer):
-    """Holds the prompts of a model, one per PEFT adapter, so that PEFT saves, switches and deletes them."""
+    """Holds the prompts of a model, one per PEFT adapter, so that PEFT saves, switches and deletes them.
+
+    Args:
+        slots: shapes of the attention layers.
+        implementation: the attention implementation that the twin stands in for.
+        causal: whether attention looks to the left only, as in decoders.
+    """
 
     adapter_layer_names = ("peml_prompt",)
 
-    def __init__(self, slots: Sequence[AttentionSlot], implementation: str) -> None:
+    def __init__(self, slots: Sequence[AttentionSlot], implementation: str, causal: bool) -> None:
         super().__init__()
         self.slots = tuple(slots)
         self.implementation = implementation
+        self.causal = causal
         self.peml_prompt = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -104,7 +111,8 @@ def install(model: nn.Module) -> PromptHost:
     except BaseException:
         _set(model, implementation)
         raise
-    host = PromptHost([slot for _, slot, _ in found], implementation)
+    causal = any(getattr(module, "is_causal", False) for module, _, _ in found)
+    host = PromptHost([slot for _, slot, _ in found], implementation, causal)
     for index, (module, _, _) in enumerate(found):
         # A tuple keeps nn.Module from registering the host a second time, below every attention layer.
         module._peml_slot = (index, host)  # type: ignore[assignment]
@@ -127,14 +135,16 @@ def _probe(model: PreTrainedModel) -> list[tuple[nn.Module, AttentionSlot, int]]
     """Run two tokens through the model and let every attention layer report the shape of its keys."""
     seen: list[tuple[nn.Module, AttentionSlot, int]] = []
     token = _PROBE.set(seen)
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
         _PROBE.reset(token)
-    return seen
+    # A layer that the model calls several times (ALBERT) is one slot: its prefix serves every call.
+    return list({id(entry[0]): entry for entry in seen}.values())
 
 
 def attend(
@@ -162,7 +172,7 @@ def attend(
         return original(query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    plain = not {"softcap", "s_aux", "position_bias"} & {k for k, v in kwargs.items() if v is not None}
+    plain = not kwargs.get("dropout") and all(kwargs.get(k) is None for k in ("softcap", "s_aux", "position_bias"))
     gate = None if prefix.log_gate is None else prefix.log_gate.to(query.device)
     if query.shape[2] == 1 and implementation == "sdpa" and plain and not torch.is_grad_enabled():
         return _attend_one(query, key, value, attention_mask, scaling, _gather(prefix, query, shared=True), gate)
@@ -170,8 +180,9 @@ def attend(
     p = prefix.num_tokens
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    if attention_mask is None and causal and query.shape[2] > 1:
-        # No mask means "causal, aligned at the first key": a longer static cache has only zeros after the queries.
+    if attention_mask is None and causal and query.shape[2] > 1 and implementation == "sdpa":
+        # To SDPA no mask means "causal, aligned at the first key": a longer static cache has only zeros after the
+        # queries. To the eager function it means that everything is visible.
         s = query.shape[2]
         key, value = key[:, :, :s], value[:, :, :s]
         attention_mask = torch.ones(1, 1, s, p + s, dtype=torch.bool, device=query.device).tril(p)
@@ -209,7 +220,7 @@ def _prefix_of(module: nn.Module) -> LayerPrefix | None:
             "a layer with a learned prefix was called outside its model's forward, where the prefix would be lost: "
             "call the adapted model itself"
         )
-    return forward.prefix.get(slot[0])
+    return None if forward.prefix is None else forward.prefix.get(slot[0])
 
 
 def _gather(prefix: LayerPrefix, query: Tensor, shared: bool) -> tuple[Tensor, Tensor]:
@@ -271,7 +282,8 @@ def _attend_one(
     prefix_scores = grouped @ prefix[0].transpose(2, 3) * scaling
     if gate is not None:
         prefix_scores = prefix_scores + gate.to(prefix_scores.dtype)
-    weights = torch.softmax(torch.cat([prefix_scores, scores], dim=-1), dim=-1, dtype=torch.float32).to(query.dtype)
+    joined = torch.cat([prefix_scores, scores], dim=-1)
+    weights = torch.softmax(joined, dim=-1, dtype=torch.promote_types(joined.dtype, torch.float32)).to(query.dtype)
     p = prefix[0].shape[2]
     output = weights[..., :p] @ prefix[1] + weights[..., p:] @ value
     return output.reshape(rows, 1, heads, size), None

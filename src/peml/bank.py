@@ -127,7 +127,7 @@ class BankLinear(nn.Module, BaseTunerLayer):
         self.label = label
         self.peml_adapter = nn.ModuleDict()
         self.task_names: dict[str, tuple[str, ...]] = {}
-        self.selected_task: int | None = None
+        self.selected_task: dict[str, int] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._pristine: Tensor | None = None
@@ -144,6 +144,7 @@ class BankLinear(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove a PEFT adapter from this layer."""
         self.task_names.pop(adapter_name, None)
+        self.selected_task.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -199,26 +200,30 @@ class BankLinear(nn.Module, BaseTunerLayer):
         if forward is None or forward.route is None:
             names = self.task_names[self.active_adapters[0]]
             raise PemlError(f"this adapter is routed by task: pass tasks= with one of {', '.join(names)} per row")
-        return forward.route.rows(x.shape[0], x.device)
+        ids = forward.route.rows(x.shape[0], x.device)
+        if forward.route.per_token and ids.shape[1] != x.shape[1]:
+            raise PemlError(f"`tasks=` has a task for {ids.shape[1]} tokens per row but rows have {x.shape[1]}")
+        return ids
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """`(up' C down)` of the selected task in fp32, in the orientation of the base weight."""
+        """`(up' C down)` of the selected task in fp32 or better, in the orientation of the base weight."""
         adapter: Adapter = self.peml_adapter[adapter_name]  # type: ignore[assignment]
         down, up = adapter.bank()
         ids = None
         if adapter.needs_task:
-            if self.selected_task is None:
+            if adapter_name not in self.selected_task:
                 names = self.task_names[adapter_name]
                 raise PemlError(f"merging needs one task: call select_task() with one of {', '.join(names)} first")
-            ids = torch.tensor([self.selected_task], device=down.device)
+            ids = torch.tensor([self.selected_task[adapter_name]], device=down.device)
         core = adapter.core(ids)
         core = core[0] if core.ndim == 3 else core
-        delta = up.float().T @ core.float() @ down.float()
+        dtype = torch.promote_types(up.dtype, torch.float32)
+        delta = up.to(dtype).T @ core.to(dtype) @ down.to(dtype)
         return delta.T if isinstance(self.base_layer, Conv1D) else delta
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold the selected task's update into the weight, from the pristine weight and with an fp32 sum.
+        """Fold the selected task's update into the weight, from the pristine weight and with a sum in fp32 or better.
 
         Raises:
             PemlError: no task selected on a task-routed adapter, a base that is not a plain linear, or NaN found.
@@ -230,7 +235,8 @@ class BankLinear(nn.Module, BaseTunerLayer):
             kind = type(self.base_layer).__name__
             raise PemlError(f"{self.label} is a {kind}, whose weight cannot take a merged update: keep the adapter apart")
         weight = self.base_layer.weight
-        total = weight.data.float() + sum(self.get_delta_weight(n).to(weight.device) for n in names)
+        exact = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
+        total = exact + sum(self.get_delta_weight(n).to(weight.device) for n in names)
         if safe_merge and not torch.isfinite(total).all():
             raise PemlError(f"merging adapter {names[0]!r} into {self.label} gives NaN or infinity: nothing was changed")
         # The old tensor is kept whole: subtracting the update again would not give it back in half precision.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
 from peml.adapters import ADAPTERS, AdapterConfig
 from peml.errors import PemlError
@@ -50,7 +50,8 @@ class PemlConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = "PEML"
+        # The enum's member, not its name: transformers asks for `.value` where it loads adapters by itself.
+        self.peft_type = PeftType("PEML")
         self.task_names = list(self.task_names)
         if not self.task_names:
             raise PemlError("task_names is empty: name at least one task")

@@ -64,7 +64,12 @@ def method(
     row = named(name)
     parts: dict[str, Any] = {"adapter": row.adapter, "prompt": row.prompt}
     by_axis: dict[str, dict[str, Any]] = {"adapter": {}, "prompt": {}}
-    plain = {f.name for f in dataclasses.fields(PemlConfig)} - {"adapter", "prompt", "task_names", "peft_type"}
+    plain = {f.name for f in dataclasses.fields(PemlConfig)} - {
+        "adapter",
+        "prompt",
+        "task_names",
+        "peft_type",
+    }
     for key, value in (settings or {}).items():
         axis, dot, setting = key.partition(".")
         if dot and axis in by_axis:
@@ -72,7 +77,9 @@ def method(
         elif not dot and key in plain:
             config[key] = value
         else:
-            raise PemlError(f"set.{key} is unknown: write adapter.NAME, prompt.NAME, or one of {', '.join(sorted(plain))}")
+            raise PemlError(
+                f"set.{key} is unknown: write adapter.NAME, prompt.NAME, or one of {', '.join(sorted(plain))}"
+            )
     for axis, changes in by_axis.items():
         if changes and parts[axis] is None:
             raise PemlError(f"set.{axis}.{next(iter(changes))} does not apply: method {name!r} has no {axis}")
@@ -125,7 +132,9 @@ def match_params(config: PemlConfig, model: PreTrainedModel, budget: int) -> Pem
     def resized(size: int) -> PemlConfig:
         new = copy.deepcopy(config)
         if config.adapter is not None:
-            new.adapter = changed("adapter", config.adapter, {key: size})
+            # The scale lora_alpha / r stays: learning rates found at one rank then hold at the other.
+            alpha = config.adapter.lora_alpha * size / config.adapter.r  # type: ignore[attr-defined]
+            new.adapter = changed("adapter", config.adapter, {key: size, "lora_alpha": alpha})
         else:
             assert config.prompt is not None
             new.prompt = changed("prompt", config.prompt, {key: size})

@@ -126,9 +126,7 @@ class MixtureSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Rows of the chosen epoch."""
         shares = self._shares(self.epoch) * self.block
-        drawn_before = sum(
-            (self._shares(epoch) * self.block for epoch in range(self.epoch)), np.zeros_like(shares)
-        )
+        drawn_before = sum((self._shares(epoch) * self.block for epoch in range(self.epoch)), np.zeros_like(shares))
         by_task = np.concatenate(
             [self._stream(task, int(drawn_before[task]), int(share)) for task, share in enumerate(shares)]
         )
@@ -147,8 +145,7 @@ class MixtureSampler(Sampler[int]):
         rows = self.rows[task]
         first, last = start // len(rows), (start + count) // len(rows)
         passes = [
-            rows[self._generator(_ROWS, task, number).permutation(len(rows))]
-            for number in range(first, last + 1)
+            rows[self._generator(_ROWS, task, number).permutation(len(rows))] for number in range(first, last + 1)
         ]
         begin = start - first * len(rows)
         return np.concatenate(passes)[begin : begin + count]

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,14 +104,22 @@ class Forward:
 
     Args:
         route: tasks of the rows; None when the caller gave none.
-        prefix: learned keys and values of this forward, by attention slot.
+        prefix: learned keys and values of this forward, by attention slot; None: not computed yet.
         generated: whether `prefix` hangs on a graph that all layers share (a generator), which reentrant
             checkpointing cannot walk more than once.
+        model: the base model that it is for: a model called inside another one's block must not take its route.
+        adapter: the PEFT adapter whose task names gave the route its ids.
+        entered: opened by a hook as the batch entered, not by a `with` block around the call.
+        before: what was open around it.
     """
 
     route: Route | None = None
-    prefix: Mapping[int, LayerPrefix] = field(default_factory=dict)
+    prefix: Mapping[int, LayerPrefix] | None = None
     generated: bool = False
+    model: nn.Module | None = None
+    adapter: str | None = None
+    entered: bool = False
+    before: Forward | None = None
 
 
 _CURRENT: ContextVar[Forward | None] = ContextVar("peml_forward", default=None)
@@ -122,26 +130,39 @@ def current() -> Forward | None:
     return _CURRENT.get()
 
 
+def surrounding(model: nn.Module, adapter: str | None) -> Forward | None:
+    """What a `with` block around this call has opened for the model's active adapter, if any."""
+    forward = _CURRENT.get()
+    while forward is not None and (forward.entered or forward.model is not model or forward.adapter != adapter):
+        forward = forward.before
+    return forward
+
+
 @contextmanager
-def opened(forward: Forward | None) -> Iterator[None]:
+def opened(forward: Forward) -> Iterator[None]:
     """Make `forward` the current one inside the block."""
-    token = _CURRENT.set(forward)
+    token = _CURRENT.set(replace(forward, before=_CURRENT.get()))
     try:
         yield
     finally:
         _CURRENT.reset(token)
 
 
-def push(forward: Forward) -> Forward | None:
-    """Make `forward` the current one and return the one before, for `restore`; for hooks that cannot use `with`."""
-    before = _CURRENT.get()
+def enter(forward: Forward) -> None:
+    """Make `forward` the current one until `leave`; for hooks, which cannot use `with`."""
+    leave(forward.model)
+    _CURRENT.set(replace(forward, entered=True, before=_CURRENT.get()))
+
+
+def leave(model: nn.Module | None) -> None:
+    """Undo `enter` of this model; nothing if it is not open.
+
+    An interrupt (Ctrl-C) skips hooks, so `enter` also calls this: what was left behind must not route a later call.
+    """
+    forward = _CURRENT.get()
+    while forward is not None and forward.entered and forward.model is model:
+        forward = forward.before
     _CURRENT.set(forward)
-    return before
-
-
-def restore(before: Forward | None) -> None:
-    """Undo `push`."""
-    _CURRENT.set(before)
 
 
 def bind_checkpointing(model: nn.Module) -> None:

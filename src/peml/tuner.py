@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ class PemlModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._default_tasks: Tasks | None = None
+        self._selected: dict[str, int] = {}
         super().__init__(*args, **kwargs)
         self._install_hooks()
 
@@ -54,35 +56,36 @@ class PemlModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if config.adapter is None:
             config.target_modules = DUMMY_TARGET_MODULES
-        if config.prompt is not None and self._prompt_host() is None:
-            # Before any layer is touched: a model that cannot take a prefix is refused whole.
-            host = attention.install(model)
-            try:
-                config.prompt.num_parameters(host.slots, len(config.task_names))
-                self._inject(model, adapter_name, low_cpu_mem_usage, state_dict)
-            except BaseException:
-                attention.uninstall(model, host)  # type: ignore[arg-type]
-                raise
-            setattr(model, HOST, host)
-        else:
-            self._inject(model, adapter_name, low_cpu_mem_usage, state_dict)
-        if config.prompt is not None:
-            self._add_prompt(adapter_name, low_cpu_mem_usage)
-
-    def _inject(self, model: nn.Module, name: str, low_cpu: bool, state_dict: dict[str, Tensor] | None) -> None:
-        super().inject_adapter(model, name, low_cpu_mem_usage=low_cpu, state_dict=state_dict)
-
-    def _add_prompt(self, adapter_name: str, low_cpu_mem_usage: bool) -> None:
-        config = self.peft_config[adapter_name]
         host = self._prompt_host()
-        assert host is not None
+        fresh = attention.install(model) if config.prompt is not None and host is None else None
+        try:
+            # Before any layer is touched: a model that cannot take this prefix is refused whole.
+            if config.prompt is not None:
+                host = host or fresh
+                config.prompt.num_parameters(host.slots, len(config.task_names))
+            super().inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+        except BaseException:
+            if fresh is not None:
+                attention.uninstall(model, fresh)  # type: ignore[arg-type]
+            raise
+        if fresh is not None:
+            setattr(model, HOST, fresh)
+        if host is not None and config.prompt is not None:
+            self._add_prompt(host, adapter_name, low_cpu_mem_usage)
+
+    def _add_prompt(self, host: PromptHost, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+        config = self.peft_config[adapter_name]
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             prompt = config.prompt.build(host.slots, len(config.task_names))
         device = next(p for p in self.model.parameters()).device
         if "meta" not in (device.type, next(prompt.parameters()).device.type):
             prompt.to(device)
+        trained = [(parameter, parameter.requires_grad) for parameter in host.parameters()]
         host.peml_prompt[adapter_name] = prompt
         host.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        for parameter, requires_grad in trained:
+            # A further adapter, perhaps for inference only, must not freeze the one in training.
+            parameter.requires_grad = requires_grad
 
     def _create_and_replace(
         self,
@@ -126,12 +129,25 @@ class PemlModel(BaseTuner):
             raise PemlError(f"one PEML adapter can be active at a time, not {', '.join(adapter_name)}")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; another one, if there is any, becomes active."""
+        super().delete_adapter(adapter_name)
+        self._selected.pop(adapter_name, None)
+
     # Routing
+
+    @property
+    def adapter_in_force(self) -> str | None:
+        """Name of the active adapter, as the layers have it: transformers' `set_adapter` tells only them."""
+        for module in self.model.modules():
+            if isinstance(module, BankLinear | PromptHost):
+                return module.active_adapters[0] if module.active_adapters else None
+        return None
 
     @property
     def config_in_force(self) -> PemlConfig | None:
         """Configuration of the active adapter."""
-        return self.peft_config.get(self.active_adapters[0]) if self.active_adapters else None
+        return self.peft_config.get(self.adapter_in_force)
 
     def _prompt_host(self) -> PromptHost | None:
         host = getattr(self.model, HOST, None)
@@ -140,8 +156,7 @@ class PemlModel(BaseTuner):
     @property
     def prompt(self) -> Any:
         """The prompt module of the active adapter, or None."""
-        host = self._prompt_host()
-        name = self.active_adapters[0] if self.active_adapters else None
+        host, name = self._prompt_host(), self.adapter_in_force
         return None if host is None or name not in host.peml_prompt else host.peml_prompt[name]
 
     def select_task(self, task: str | int | None) -> None:
@@ -150,19 +165,21 @@ class PemlModel(BaseTuner):
         Raises:
             PemlError: an unknown task, or a change while another task is merged.
         """
-        config = self._active_config()
+        config, name = self._active_config(), self.adapter_in_force
+        assert name is not None
         route = None if task is None else Route.of(task, config.task_names)
-        for layer in self.model.modules():
-            if isinstance(layer, BankLinear):
-                if layer.merged:
-                    raise PemlError("a task is merged into the weights: call unmerge_adapter() before selecting another")
-                layer.selected_task = None if route is None else route.present[0]
-        self._default_tasks = None if route is None else list(route.present)
+        layers = self._banks()
+        if any(layer.merged for layer in layers):
+            raise PemlError("a task is merged into the weights: call unmerge_adapter() before selecting another")
+        for selected in (self._selected, *(layer.selected_task for layer in layers)):
+            selected.pop(name, None)
+            if route is not None:
+                selected[name] = route.present[0]
 
     @contextmanager
     def routed(self, tasks: Tasks) -> Iterator[None]:
         """Route every forward in the block: for callers that cannot pass `tasks=`."""
-        with routing.opened(self._open(tasks)):
+        with routing.opened(Forward(self._route(tasks), model=self.model, adapter=self.adapter_in_force)):
             yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,92 +192,125 @@ class PemlModel(BaseTuner):
             raise PemlError("no PEML adapter is active: call set_adapter() first")
         return config
 
-    def _open(self, tasks: Tasks | None) -> Forward:
-        config = self.config_in_force
-        host = self._prompt_host()
+    def _route(self, tasks: Tasks | None, rows: int | None = None) -> Route | None:
+        """Tasks given here, or by a block around the call, or selected for good."""
+        config, name = self.config_in_force, self.adapter_in_force
+        if config is None or name is None:
+            return None
+        around = routing.surrounding(self.model, name)
+        if tasks is not None:
+            route: Route | None = Route.of(tasks, config.task_names)
+        elif around is not None and around.route is not None:
+            route = around.route
+        else:
+            route = Route.of(self._selected[name], config.task_names) if name in self._selected else None
+        if route is None:
+            return None
+        given = route.ids.shape[0]
+        if rows is not None and given not in (1, rows):
+            raise PemlError(f"`tasks=` has {given} entries but the batch has {rows} rows: give one task per row")
+        if name in self._selected and route.present != (self._selected[name],) and self._merged(config):
+            merged = config.task_names[self._selected[name]]
+            raise PemlError(f"task {merged!r} is merged into the weights: call unmerge_adapter() to route other tasks")
+        return route
+
+    def _banks(self) -> list[BankLinear]:
+        return [module for module in self.model.modules() if isinstance(module, BankLinear)]
+
+    def _merged(self, config: PemlConfig) -> bool:
+        return config.adapter is not None and config.adapter.needs_task and any(bank.merged for bank in self._banks())
+
+    def _open(self, tasks: Tasks | None, rows: int | None) -> Forward:
+        """Resolve the route of a batch and compute its prefix."""
+        route, host = self._route(tasks, rows), self._prompt_host()
         prompt = None if host is None else host.active()
-        if config is None:
-            return Forward()
-        tasks = self._default_tasks if tasks is None else tasks
-        route = None if tasks is None else Route.of(tasks, config.task_names)
+        forward = Forward(route, model=self.model, adapter=self.adapter_in_force)
         if prompt is None:
-            return Forward(route)
+            return forward
         if prompt.needs_task and route is None:
-            names = ", ".join(config.task_names)
+            names = ", ".join(self._active_config().task_names)
             raise PemlError(f"this adapter has a prefix per task: pass tasks= with one of {names} per row")
         layers = prompt(None if route is None else route.present)
         prefix = {slot: layer for slot, layer in enumerate(layers) if layer is not None}
-        return Forward(route, prefix, prompt.generated)
+        return replace(forward, prefix=prefix, generated=prompt.generated)
 
     def _install_hooks(self) -> None:
         """Open a `Forward` around every call of the base model.
 
         Hooks on the base, not an override of `forward` here: PEFT's wrappers, `generate` and models from
-        `AutoModel.from_pretrained(adapter_folder)` all reach the base by ways of their own.
+        `AutoModel.from_pretrained(adapter_folder)` all reach the base by ways of their own. The hooks are methods,
+        not closures, so that a deep copy of the model gets its own.
         """
         model = self.model
         if "_peml_hooks" in model.__dict__:
             return
-        stack: list[Forward | None] = []
-
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            before = routing.current()
-            tasks = kwargs.pop("tasks", None)
-            inside = before is not None and tasks is None
-            forward = before if inside else self._open(tasks)
-            stack.append(routing.push(forward))  # type: ignore[arg-type]
-            if self.model.training:
-                routing.bind_checkpointing(model)
-            if forward is not None and forward.prefix:
-                self._add_position_ids(kwargs, args)
-            return args, kwargs
-
-        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            routing.restore(stack.pop())
-
-        handles = (
-            model.register_forward_pre_hook(enter, with_kwargs=True),
-            model.register_forward_hook(leave, with_kwargs=True, always_call=True),
+        self._arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        model._peml_hooks = (  # type: ignore[assignment]
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         )
-        model._peml_hooks = handles  # type: ignore[assignment]
         if hasattr(model, "generate"):
-            generate = model.generate
-
-            def routed_generate(*args: Any, tasks: Tasks | None = None, **kwargs: Any) -> Any:
-                with routing.opened(self._open(tasks)):
-                    return generate(*args, **kwargs)
-
-            model.generate = routed_generate
+            self._generate = model.generate
+            model.generate = self._routed_generate
 
     def _remove_hooks(self) -> None:
         for handle in self.model.__dict__.pop("_peml_hooks", ()):
             handle.remove()
         self.model.__dict__.pop("generate", None)
 
-    def _add_position_ids(self, kwargs: dict[str, Any], args: tuple[Any, ...]) -> None:
-        """Count positions from the attention mask when the caller gives none.
+    def _enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        tasks = kwargs.pop("tasks", None)
+        forward = routing.surrounding(module, self.adapter_in_force)
+        if tasks is not None or forward is None or forward.prefix is None:
+            forward = self._open(tasks, self._rows(args, kwargs))
+        routing.enter(forward)
+        if module.training:
+            routing.bind_checkpointing(module)
+        if forward.prefix:
+            self._add_position_ids(args, kwargs)
+        return args, kwargs
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        routing.leave(module)
+
+    def _routed_generate(self, *args: Any, tasks: Tasks | None = None, **kwargs: Any) -> Any:
+        # Without gradients, and once: all steps of one generation share the prefix.
+        with torch.no_grad():
+            forward = self._open(tasks, self._rows(args, kwargs))
+        with routing.opened(replace(forward, prefix=forward.prefix or {})):
+            return self._generate(*args, **kwargs)
+
+    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the caller gives for a parameter of the model's `forward`, by name or by position."""
+        return kwargs.get(name, dict(zip(self._arguments, args, strict=False)).get(name))
+
+    def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """Rows of the batch, where it can be told."""
+        given = (*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")))
+        return next((batch.shape[0] for batch in given if isinstance(batch, Tensor) and batch.ndim > 1), None)
+
+    def _add_position_ids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count positions from the attention mask when the caller gives none, as decoders need.
 
         Prefix keys carry no rotary phase, so unlike without a prefix the offset of a left-padded row matters.
         """
-        mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
-        ids = kwargs.get("inputs_embeds") if ids is None else ids
-        ids = args[0] if ids is None and args else ids
-        if kwargs.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.ndim != 2 or ids is None:
+        host, mask = self._prompt_host(), self._argument("attention_mask", args, kwargs)
+        batch = self._argument("input_ids", args, kwargs)
+        batch = self._argument("inputs_embeds", args, kwargs) if batch is None else batch
+        if host is None or not host.causal or batch is None or not isinstance(mask, Tensor) or mask.ndim != 2:
             return
-        if not self._causal:
+        if self._argument("position_ids", args, kwargs) is not None or "position_ids" not in self._arguments:
             return
         positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
-        kwargs["position_ids"] = positions[:, -ids.shape[1] :]
-
-    @property
-    def _causal(self) -> bool:
-        """Whether positions count real tokens from the left, as in decoders; encoders keep their own rule."""
-        can_generate = getattr(self.model, "can_generate", None)
-        return bool(can_generate and can_generate())
+        kwargs["position_ids"] = positions[:, -batch.shape[1] :]
 
     # Merging and unloading
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
         """Fold the selected task into the base weights and return the plain base model.
 
         Raises:
@@ -271,27 +321,57 @@ class PemlModel(BaseTuner):
                 "a learned prefix cannot be folded into weights: keep the adapter, or call merge_adapter(), "
                 "which folds the low-rank part and leaves the prefix in place"
             )
-        self._check_selected()
-        return super().merge_and_unload(*args, **kwargs)
+        if not any(bank.merged for bank in self._banks()):
+            self.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        return self._unload(progressbar)
+
+    def unload(self) -> nn.Module:
+        """Return the plain base model with its own weights, whether or not a task is merged into them."""
+        for bank in self._banks():
+            if bank.merged:
+                bank.unmerge()
+        return self._unload()
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Fold the selected task's low-rank update into the weights; a prefix stays as it is."""
         self._check_selected()
-        super().merge_adapter(*args, **kwargs)
+        merged = [bank for bank in self._banks() if bank.merged]
+        try:
+            super().merge_adapter(*args, **kwargs)
+        except BaseException:
+            # All or nothing: a layer that refuses must not leave those before it merged.
+            for bank in self._banks():
+                if bank.merged and bank not in merged:
+                    bank.unmerge()
+            raise
 
     def _check_selected(self) -> None:
         config = self._active_config()
-        if config.adapter is not None and config.adapter.needs_task and self._default_tasks is None:
+        if config.adapter is not None and config.adapter.needs_task and self.adapter_in_force not in self._selected:
             names = ", ".join(config.task_names)
             raise PemlError(f"merging needs one task: call select_task() with one of {names} first")
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload(self, progressbar: bool = False) -> nn.Module:
+        """Take everything of ours out of the model, and leave its weights as they are now."""
         host = self._prompt_host()
         if host is not None:
             delattr(self.model, HOST)
             attention.uninstall(self.model, host)
         self._remove_hooks()
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        return self._unload_and_optionally_merge(merge=False, progressbar=progressbar)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def ablated(self, part: str) -> Iterator[None]:
+        """Switch off the `adapter` or the `prompt` inside the block, to see what it contributes."""
+        kind = {"adapter": BankLinear, "prompt": PromptHost}[part]
+        layers = [m for m in self.model.modules() if isinstance(m, kind) and not m._disable_adapters]
+        try:
+            for layer in layers:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
 
     # Inspecting
 

@@ -102,7 +102,9 @@ class MTLLoRAAdapter(Adapter):
         """`s w_t (x) Lambda_t`, shape `[*ids, E R, R]`: only the rows' own tasks are gathered."""
         assert task_ids is not None
         # Gather before the arithmetic: the cost then depends on the batch, not on the number of tasks.
-        weights = torch.softmax(self.routing[task_ids].float() / self.temperature, dim=-1) * self.scaling
+        logits = self.routing[task_ids]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
+        weights = torch.softmax(logits, dim=-1) * self.scaling
         transform = self.transform[task_ids]
         if self.transform.ndim == 2:
             transform = torch.diag_embed(transform)

@@ -83,13 +83,9 @@ def _answers(
 
     right = [e.choices.index(e.answer) if e.choices else 0 for e in examples]
     gain = sum(row[i] for row, i in zip(scores, right, strict=True))
-    tokens = sum(
-        label != IGNORED for group, i in zip(groups, right, strict=True) for label in group[i].labels
-    )
+    tokens = sum(label != IGNORED for group, i in zip(groups, right, strict=True) for label in group[i].labels)
     if task.kind == "choose":
-        best = [
-            best_choice(e, row, task.length_normalization) for e, row in zip(examples, scores, strict=True)
-        ]
+        best = [best_choice(e, row, task.length_normalization) for e, row in zip(examples, scores, strict=True)]
         predictions = [e.choices[i] for e, i in zip(examples, best, strict=True)]
     else:
         predictions = generate_answers(
@@ -100,6 +96,8 @@ def _answers(
             max_new_tokens=task.max_new_tokens,
             batch_size=batch_size,
             tasks_kwarg=tasks_kwarg,
+            # A model that was not taught to stop goes on in a new line, unless answers have several.
+            one_line=not any("\n" in example.answer for example in examples),
             progress=advance,
         )
     return predictions, -gain / tokens

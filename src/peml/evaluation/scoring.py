@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from peml.errors import PemlError
 from peml.tasks.encode import IGNORED, Encoded, encode_choices, encode_prompts
 from peml.tasks.task import Example
 
@@ -45,10 +46,11 @@ def score_choices(
         length_normalization: divide each log-likelihood by the bytes of its option.
         progress: told how many sequences are done.
     """
+    for example in examples:
+        if not example.choices:
+            raise PemlError(f"{example.origin}: task {example.task!r} has no choices to score; generate its answer")
     groups = encode_choices(tokenizer, examples, max_length)
-    names = (
-        [e.task for e, group in zip(examples, groups, strict=True) for _ in group] if tasks_kwarg else None
-    )
+    names = [e.task for e, group in zip(examples, groups, strict=True) for _ in group] if tasks_kwarg else None
     flat = [encoded for group in groups for encoded in group]
     scores = iter(log_likelihoods(model, tokenizer, flat, names, batch_size=batch_size, progress=progress))
     return [best_choice(e, list(islice(scores, len(e.choices))), length_normalization) for e in examples]
@@ -112,9 +114,10 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
     tasks_kwarg: bool,
+    one_line: bool = True,
     progress: Advance | None = None,
 ) -> list[str]:
-    """Greedy continuation of each prompt up to the end token or the end of its first line.
+    """Greedy continuation of each prompt up to the end token or, by default, the end of its first line.
 
     Args:
         model: a causal language model with `generate`.
@@ -124,6 +127,7 @@ def generate_answers(
         max_new_tokens: longest answer.
         batch_size: prompts per batch.
         tasks_kwarg: whether the model is called with `tasks=[name per row]`.
+        one_line: whether a line break ends an answer.
         progress: told how many prompts are done.
     """
     prompts = [e.input_ids for e in encode_prompts(tokenizer, examples, max_length, max_new_tokens)]
@@ -137,7 +141,7 @@ def generate_answers(
         "repetition_penalty": 1.0,
         "eos_token_id": ends or None,
         "pad_token_id": _pad_id(tokenizer),
-        "stopping_criteria": StoppingCriteriaList([_AtNewline(tokenizer)]),
+        "stopping_criteria": StoppingCriteriaList([_AtNewline(tokenizer)] if one_line else []),
     }
     generate: Callable[..., Any] = getattr(model, "generate")  # noqa: B009  (nn.Module does not declare it)
     answers = [""] * len(prompts)
@@ -151,7 +155,8 @@ def generate_answers(
                 **({"tasks": [examples[i].task for i in picked]} if tasks_kwarg else {}),
             )
             for i, ids in zip(picked, output[:, width:].tolist(), strict=True):
-                answers[i] = _first_line(tokenizer, ids, ends)
+                text = _until_end(tokenizer, ids, ends)
+                answers[i] = (text.split("\n", 1)[0] if one_line else text).strip()
             if progress:
                 progress(len(picked))
     return answers
@@ -168,11 +173,11 @@ class _AtNewline(StoppingCriteria):
         return torch.tensor(["\n" in text for text in newest], device=input_ids.device)
 
 
-def _first_line(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: list[int]) -> str:
+def _until_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: list[int]) -> str:
     # Cut before decoding: what follows the end is padding, which need not be a special token.
     stop = next((position for position, token in enumerate(ids) if token in ends), len(ids))
     text: Any = tokenizer.decode(ids[:stop], skip_special_tokens=True)
-    return str(text).split("\n", 1)[0].strip()
+    return str(text)
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -182,12 +187,8 @@ def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
         yield order[start : start + batch_size]
 
 
-def _padded(
-    rows: list[list[int]], width: int, value: int, device: torch.device, left: bool = False
-) -> Tensor:
-    filled = [
-        [value] * (width - len(row)) + row if left else row + [value] * (width - len(row)) for row in rows
-    ]
+def _padded(rows: list[list[int]], width: int, value: int, device: torch.device, left: bool = False) -> Tensor:
+    filled = [[value] * (width - len(row)) + row if left else row + [value] * (width - len(row)) for row in rows]
     return torch.tensor(filled, device=device)
 
 

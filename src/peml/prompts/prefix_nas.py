@@ -52,7 +52,8 @@ class PrefixNAS(PromptConfig):
         parameter_budget: generator parameters that cost nothing; None: no such term.
         gate_init: c of the near-identity start; larger is closer to the base model.
         gate_after: "keep" deploys the remaining gates as they are, "unit" sets them to 1.
-        gate_threshold: gates below it are deleted; None: 0.05 for keep, 0.5 for unit.
+        gate_threshold: gates below it are deleted: relative to the largest gate for "keep", absolute for "unit";
+            None: 0.05 for keep, 0.5 for unit.
 
     Shapes:
         E (P, d_e), W_in (d_e, h), alpha (C, operations), P_h (h, q), Q (q, sum of 2 H D over layers),
@@ -99,7 +100,7 @@ class PrefixNAS(PromptConfig):
 
     @property
     def threshold(self) -> float:
-        """Gate below which a token is deleted."""
+        """Gate below which a token is deleted, as a share of the largest gate if gates are kept."""
         if self.gate_threshold is not None:
             return self.gate_threshold
         return 0.05 if self.gate_after == "keep" else 0.5
@@ -146,14 +147,11 @@ class PrefixGenerator(Prompt):
         self.register_buffer("progress", torch.zeros((), dtype=torch.float64))
         self._warming_up = False
         self._derived: tuple[list[int], list[list[int]]] | None = None
-        self.register_load_state_dict_post_hook(lambda module, keys: module._forget())
+        self.register_load_state_dict_post_hook(_forget)
 
     choice: Tensor
     kept: Tensor
     progress: Tensor
-
-    def _forget(self) -> None:
-        self._derived = None
 
     @property
     def searching(self) -> bool:
@@ -266,21 +264,26 @@ class PrefixGenerator(Prompt):
     def derive(self) -> None:
         """Close the search: argmax per cell (Eq. 7), and delete tokens whose gate is below the threshold.
 
-        Tokens that still exceed the budget go in order of gate: a half-open token costs a whole one once deployed.
-        At least one token stays, in the layer that wants it most.
+        Our choice: where gates are kept the threshold is relative to the largest one, because a near-identity start
+        holds every gate far below any absolute threshold, and a short search would delete everything; where gates
+        become 1 it is absolute. Tokens that still exceed the budget go in order of gate: a half-open token costs a
+        whole one once deployed. At least one token stays, in the layer that wants it most.
         """
-        gates = self.log_gates().exp()
-        kept = gates >= self.config.threshold
-        if not kept.any():
-            kept.view(-1)[gates.argmax()] = True
-        budget = max(1, int(self.config.budget_tokens * len(self.slots)))
-        if int(kept.sum()) > budget:
-            order = torch.where(kept, gates, -1.0).flatten().argsort(descending=True)
-            kept = torch.zeros_like(kept)
-            kept.view(-1)[order[:budget]] = True
+        gates = self.log_gates().exp().double()
+        scale = gates.max() if self.config.gate_after == "keep" else 1.0
+        kept = gates >= self.config.threshold * scale
+        widths = torch.tensor([[slot.width] for slot in self.slots], device=gates.device).expand_as(gates).double()
+        order = torch.where(kept, gates, -1.0).flatten().argsort(descending=True, stable=True)
+        spent = torch.where(kept, widths, 0.0).flatten()[order].cumsum(0)
+        fits = spent <= self.config.budget_tokens * widths[:, 0].sum()
+        fits[0] = True
+        within = torch.zeros_like(fits)
+        within[order] = fits
+        kept &= within.view_as(kept)
+        kept.view(-1)[order[0]] = True
         self.choice.copy_(self.alpha.argmax(-1))
         self.kept.copy_(kept)
-        self._forget()
+        self._derived = None
 
     def architecture(self) -> Architecture:
         """Operation per cell and tokens per layer, as they would be (or were) derived."""
@@ -300,6 +303,11 @@ class PrefixGenerator(Prompt):
         table = config.build(self.slots, num_tasks=1).to(self.seed.device, self.seed.dtype)
         table.fill(layers)
         return config, table
+
+
+def _forget(generator: PrefixGenerator, keys: object) -> None:
+    """Read the structure anew after loading; a function of the module, not a lambda, because that can be pickled."""
+    generator._derived = None
 
 
 @dataclass(frozen=True)

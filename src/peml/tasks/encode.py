@@ -40,9 +40,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
     return encode_all(tokenizer, [example], max_length)[0]
 
 
-def encode_all(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
-) -> list[Encoded]:
+def encode_all(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int) -> list[Encoded]:
     """`encode` for many examples, tokenised at once."""
     ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     groups = _encode(tokenizer, examples, [(example.answer,) for example in examples], ending, max_length)
@@ -107,10 +105,7 @@ def _encode_one(
             "for this tokenizer; reword it or use another model"
         )
     kept = lead + context[-room:]
-    return [
-        Encoded(kept + ending, [IGNORED] * len(kept) + ending, truncated=len(context) > room)
-        for ending in endings
-    ]
+    return [Encoded(kept + ending, [IGNORED] * len(kept) + ending, truncated=len(context) > room) for ending in endings]
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -132,6 +127,8 @@ def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:
+    if second[: len(first)] == first:  # nearly always, and much faster
+        return len(first)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 

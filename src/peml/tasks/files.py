@@ -60,9 +60,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[Row, str]]:
             blank = blank or number
             continue
         if blank:
-            raise PemlError(
-                f"{path}:{blank}: the line is blank; remove it, only the end of the file may be blank"
-            )
+            raise PemlError(f"{path}:{blank}: the line is blank; remove it, only the end of the file may be blank")
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -80,18 +78,14 @@ def _read_json(path: Path) -> Iterator[tuple[Row, str]]:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise PemlError(f"{path}{line}: the file is not valid JSON ({error})") from error
     if not isinstance(rows, list):
-        raise PemlError(
-            f"{path}: the file must be a list of objects; for one object per line use the suffix .jsonl"
-        )
+        raise PemlError(f"{path}: the file must be a list of objects; for one object per line use the suffix .jsonl")
     for number, row in enumerate(rows, 1):
         yield _object(row, f"{path}:{number}"), f"{path}:{number}"
 
 
 def _object(row: Any, origin: str) -> Row:
     if not isinstance(row, dict):
-        raise PemlError(
-            f"{origin}: the row must be a JSON object with named fields, not {json.dumps(row)[:40]}"
-        )
+        raise PemlError(f"{origin}: the row must be a JSON object with named fields, not {json.dumps(row)[:40]}")
     return row
 
 
@@ -107,14 +101,10 @@ def _read_table(path: Path, **dialect: Any) -> Iterator[tuple[Row, str]]:
             if not header:
                 header = values
                 if not all(header) or len(set(header)) < len(header):
-                    raise PemlError(
-                        f"{origin}: the first line must name every column, each by a name of its own"
-                    )
+                    raise PemlError(f"{origin}: the first line must name every column, each by a name of its own")
                 continue
             if len(values) != len(header):
-                raise PemlError(
-                    f"{origin}: the row has {len(values)} values, but the header has {len(header)}"
-                )
+                raise PemlError(f"{origin}: the row has {len(values)} values, but the header has {len(header)}")
             yield dict(zip(header, values, strict=True)), origin
     except csv.Error as error:
         raise PemlError(f"{path}:{start}: the row cannot be read ({error})") from error

@@ -88,9 +88,7 @@ def compute(name: str, predictions: Texts, references: Texts, choices: tuple[str
     if name not in METRICS:
         raise PemlError(f"there is no metric {name!r}; choose one of {', '.join(METRICS)}")
     if len(predictions) != len(references):
-        raise ValueError(
-            f"{len(predictions)} predictions cannot be compared with {len(references)} references"
-        )
+        raise ValueError(f"{len(predictions)} predictions cannot be compared with {len(references)} references")
     if not references:
         raise PemlError(f"the metric {name!r} needs at least one example to score")
     return METRICS[name].function(predictions, references, choices)
@@ -108,14 +106,10 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _correlation(
-    function: Callable[..., tuple[float, float]], predictions: Texts, references: Texts
-) -> float:
+def _correlation(function: Callable[..., tuple[float, float]], predictions: Texts, references: Texts) -> float:
     truth = [_number(reference) for reference in references]
     if None in truth:
-        raise PemlError(
-            f"a correlation needs answers that are numbers, not {references[truth.index(None)]!r}"
-        )
+        raise PemlError(f"a correlation needs answers that are numbers, not {references[truth.index(None)]!r}")
     read = [_number(prediction) for prediction in predictions]
     known = [value for value in read if value is not None]
     if not known:

@@ -48,8 +48,7 @@ _GLUE: Mapping[str, dict[str, Any]] = {
         "eval": "validation_matched",
     },
     "qnli": {
-        "prompt": "Question: {{ question }}\nText: {{ sentence }}\n"
-        "Does the text answer the question?\nAnswer:",
+        "prompt": "Question: {{ question }}\nText: {{ sentence }}\nDoes the text answer the question?\nAnswer:",
         "choices": ("no", "yes"),
         "labels": _ENTAILMENT_FIRST,
     },
@@ -95,9 +94,7 @@ def _toy_tasks() -> dict[str, Task]:
 SUITES: Mapping[str, Callable[[], dict[str, Task]]] = {"glue": _glue_tasks, "toy": _toy_tasks}
 
 
-def suite_tasks(
-    suite: str, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
-) -> list[Task]:
+def suite_tasks(suite: str, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None) -> list[Task]:
     """Tasks of a suite: all of them, or those of `include` in its order, without those of `exclude`."""
     if suite not in SUITES:
         raise PemlError(f"there is no suite {suite!r}; {_instead(suite, SUITES)}")
@@ -107,9 +104,7 @@ def suite_tasks(
             raise PemlError(f"suite {suite!r}: `{key}` must be a list of task names, not the text {names!r}")
         for name in names:
             if name not in tasks:
-                raise PemlError(
-                    f"suite {suite!r}: `{key}` names the unknown task {name!r}; {_instead(name, tasks)}"
-                )
+                raise PemlError(f"suite {suite!r}: `{key}` names the unknown task {name!r}; {_instead(name, tasks)}")
     wanted = list(tasks) if include is None else list(dict.fromkeys(include))
     chosen = [tasks[name] for name in wanted if name not in (exclude or ())]
     if not chosen:

@@ -94,9 +94,7 @@ class Task:
         where = f"{origin}: task {self.name!r}"
         prompt = _render(self.prompt, row, f"{where}: `prompt`").rstrip()
         if not prompt:
-            raise PemlError(
-                f"{where}: `prompt` is empty for this row; put some text into the template or drop the row"
-            )
+            raise PemlError(f"{where}: `prompt` is empty for this row; put some text into the template or drop the row")
         answer = self._answer(row, where)
         choices = self._choices(row, where)
         if choices and answer not in choices:
@@ -141,21 +139,15 @@ class Task:
         try:
             _template(template)
         except TemplateSyntaxError as error:
-            raise self._mistake(
-                key, f"is not a valid Jinja template (line {error.lineno}: {error.message})"
-            ) from error
+            raise self._mistake(key, f"is not a valid Jinja template (line {error.lineno}: {error.message})") from error
 
     def _checked_choices(self) -> tuple[str, ...] | str | None:
         if self.kind == "generate":
             if self.choices:
-                raise self._mistake(
-                    "choices", "do not go with kind 'generate'; leave them out or use kind 'choose'"
-                )
+                raise self._mistake("choices", "do not go with kind 'generate'; leave them out or use kind 'choose'")
             return None
         if not self.choices:
-            raise self._mistake(
-                "choices", "are missing: give a list, or the name of the field that holds them"
-            )
+            raise self._mistake("choices", "are missing: give a list, or the name of the field that holds them")
         if isinstance(self.choices, str):
             return self.choices
         if any(isinstance(choice, bool) for choice in self.choices):
@@ -168,15 +160,11 @@ class Task:
         return choices
 
     def _checked_labels(self) -> dict[str, str]:
-        labels = {
-            _as_text(raw, f"task {self.name!r}: `labels`").lower(): str(to) for raw, to in self.labels.items()
-        }
+        labels = {_as_text(raw, f"task {self.name!r}: `labels`").lower(): str(to) for raw, to in self.labels.items()}
         for raw, choice in labels.items():
             if isinstance(self.choices, tuple) and choice not in self.choices:
                 known = _listed(self.choices)
-                raise self._mistake(
-                    "labels", f"maps {raw!r} to {choice!r}, which is not among the choices {known}"
-                )
+                raise self._mistake("labels", f"maps {raw!r} to {choice!r}, which is not among the choices {known}")
         return labels
 
     def _checked_metrics(self) -> tuple[str, ...]:
@@ -184,17 +172,13 @@ class Task:
         fixed = isinstance(self.choices, tuple)
         for name in metrics:
             if name not in METRICS:
-                raise self._mistake(
-                    "metrics", f"has {name!r}, which is unknown; choose from {', '.join(METRICS)}"
-                )
+                raise self._mistake("metrics", f"has {name!r}, which is unknown; choose from {', '.join(METRICS)}")
             if METRICS[name].kind == "label" and not fixed:
                 raise self._mistake(
                     "metrics", f"has {name!r}, which needs kind 'choose' with one fixed list of choices"
                 )
             if name == "f1" and fixed and len(self.choices or ()) != 2:
-                raise self._mistake(
-                    "metrics", "has 'f1', which needs exactly two choices; use 'macro_f1' for more"
-                )
+                raise self._mistake("metrics", "has 'f1', which needs exactly two choices; use 'macro_f1' for more")
         return metrics or DEFAULT_METRICS[self.kind]
 
     def _mistake(self, key: str, sentence: str) -> PemlError:
@@ -213,9 +197,7 @@ def _render(template: str, row: Row, where: str) -> str:
         fields = ", ".join(map(str, row)) or "none"
         raise PemlError(f"{where} asks for what the row lacks ({error}); its fields are: {fields}") from error
     except Exception as error:  # a template is the user's code and may fail in any way
-        raise PemlError(
-            f"{where} cannot be filled in for this row ({type(error).__name__}: {error})"
-        ) from error
+        raise PemlError(f"{where} cannot be filled in for this row ({type(error).__name__}: {error})") from error
 
 
 def _field(row: Row, name: str, where: str) -> Any:

@@ -39,7 +39,9 @@ class RunFolder:
         for part in (run.recipe, run.adapter / "adapter_config.json"):
             if not part.exists():
                 unfinished = "; the run was interrupted, continue it with --resume" if run.checkpoints.exists() else ""
-                raise PemlError(f"{run.path} holds no finished run: {part.relative_to(run.path)} is missing{unfinished}")
+                raise PemlError(
+                    f"{run.path} holds no finished run: {part.relative_to(run.path)} is missing{unfinished}"
+                )
         return run
 
     def create(self, *, resume: bool = False, overwrite: bool = False) -> None:

@@ -180,7 +180,9 @@ class Recipe(Section):
     def _whole(self) -> Recipe:
         unknown = [key for key in self.train if key not in _ARGUMENTS and key not in _OWN_ARGUMENTS]
         if unknown:
-            raise PemlError(f"train.{unknown[0]} is not a training argument{_near(unknown[0], _ARGUMENTS | set(_OWN_ARGUMENTS))}")
+            raise PemlError(
+                f"train.{unknown[0]} is not a training argument{_near(unknown[0], _ARGUMENTS | set(_OWN_ARGUMENTS))}"
+            )
         for key, kinds in _OWN_ARGUMENTS.items():
             value = self.train.get(key)
             if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
@@ -320,7 +322,7 @@ def _near(name: str, known: Any) -> str:
 
 def _build(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
     """Tasks of one entry."""
-    limits = {"limit_train": entry.limit_train, "limit_eval": entry.limit_eval, "seed": seed}
+    limits: dict[str, Any] = {"limit_train": entry.limit_train, "limit_eval": entry.limit_eval, "seed": seed}
     if isinstance(entry, SuiteEntry):
         tasks = suite_tasks(entry.suite, entry.include, entry.exclude)
         return [dataclasses.replace(t, source=dataclasses.replace(t.source, **limits)) for t in tasks]

@@ -7,7 +7,6 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +16,13 @@ import torch
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.trainer_callback import PrinterCallback
 
 from peml.config import part_to_dict
@@ -119,7 +124,6 @@ def train(
     overwrite: bool = False,
     console: Console | None = None,
     workbench: Workbench | None = None,
-    settings: Mapping[str, Any] | None = None,
 ) -> RunFolder:
     """Train one adapter on the tasks of a recipe and write its run folder.
 
@@ -130,7 +134,6 @@ def train(
         overwrite: replace a run that lies there.
         console: where progress is shown; None: nowhere.
         workbench: model and rows that are loaded already; its model gets the adapter.
-        settings: fields of `PemlConfig` to change after the recipe, for callers that size methods themselves.
 
     Raises:
         PemlError: bad input; nothing is written then.
@@ -144,8 +147,6 @@ def train(
     bench = workbench or prepare(recipe)
     rows = TaskRows.encode(bench.tokenizer, bench.train, recipe.setting("max_length"))
     config = recipe.config()
-    for key, value in (settings or {}).items():
-        setattr(config, key, value)
     set_seed(recipe.seed)
     model = get_peft_model(bench.model, config)
     folder.create(resume=resume, overwrite=overwrite)

@@ -39,6 +39,9 @@ class MultiTaskTrainer(Trainer):
         kwargs: as for `transformers.Trainer`.
     """
 
+    optimizer: Any
+    control: Any
+
     def __init__(
         self,
         model: nn.Module,
@@ -54,13 +57,15 @@ class MultiTaskTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if args.n_gpu > 1:
-            raise PemlError("several GPUs in one process are not supported: start one process per GPU, `accelerate launch`")
+            raise PemlError(
+                "several GPUs in one process are not supported: start one process per GPU, `accelerate launch`"
+            )
         # The collator's `tasks` is no argument of the base model's forward; transformers would drop it.
         args.remove_unused_columns = False
         self.mixing = mixing or Mixing()
-        self.tuner = model.base_model
+        self.tuner: Any = model.base_model
         self.task_names = list(train_dataset.task_names)
-        assert self.task_names == self.tuner.config_in_force.task_names  # type: ignore[union-attr]
+        assert self.task_names == self.tuner.config_in_force.task_names
         self._rates = {"prompt": prompt_learning_rate, "architecture": architecture_learning_rate}
         self._weights = None if task_weights is None else torch.tensor([task_weights[n] for n in self.task_names])
         self._evaluate_tasks = evaluate_tasks
@@ -93,9 +98,7 @@ class MultiTaskTrainer(Trainer):
         """Task-mean loss of the answers, plus the prompt's penalties."""
         labels, tasks = inputs["labels"], inputs["tasks"]
         outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
-        sums = token_loss_by_task(
-            outputs.logits, labels, tasks, len(self.task_names), self.args.label_smoothing_factor
-        )
+        sums = token_loss_by_task(outputs.logits, labels, tasks, len(self.task_names), self.args.label_smoothing_factor)
         tokens = answer_tokens(labels, tasks, len(self.task_names))
         self._meter.add(sums, tokens)
         whole = num_items_in_batch if isinstance(num_items_in_batch, Tensor) else tokens
@@ -116,7 +119,7 @@ class MultiTaskTrainer(Trainer):
         if self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind(self._parameter_groups(), **settings)
-        return self.optimizer
+        return self.optimizer  # type: ignore[no-any-return]
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         parts, stacked = self.tuner.parts(), self.tuner.per_task_parameters()

@@ -40,19 +40,15 @@ def _facts(rng: Random) -> str:
 
 
 def _group(rng: Random) -> str:
-    """List things of one kind, at times with one that is of another."""
+    """List things of one kind, mostly with one that is of another."""
     kind, other = rng.sample(list(KINDS), 2)
-    nouns = rng.sample(KINDS[kind], 3)
-    name, verb = rng.choice(NAMES), rng.choice(VERBS)
-    if rng.random() < 0.5:
-        one, two, three = nouns
-        return f"{name} {verb.past} {a(one)} , {a(two)} and {a(three)} . they were all {plural(kind)} ."
-    nouns[2] = rng.choice(KINDS[other])
-    stranger = nouns[2]
-    rng.shuffle(nouns)
-    one, two, three = nouns
-    told = f"{name} {verb.past} {a(one)} , {a(two)} and {a(three)} ."
-    return f"{told} two were {plural(kind)} but the {stranger} was {a(other)} ."
+    nouns, stranger = rng.sample(KINDS[kind], 3), rng.choice(KINDS[other])
+    mixed = rng.random() < 0.75
+    if mixed:
+        nouns.insert(rng.randrange(4), stranger)
+    *rest, last = (a(noun) for noun in nouns)
+    ending = f"all but the {stranger} were {plural(kind)} ." if mixed else f"all were {plural(kind)} ."
+    return f"{rng.choice(NAMES)} {rng.choice(VERBS).past} {' , '.join(rest)} and {last} . {ending}"
 
 
 def _feeling(rng: Random) -> str:
@@ -90,7 +86,7 @@ def _handover(rng: Random) -> str:
         f"long ago {people[0]} had the {item} .",
         f"for a while {people[1]} had the {item} .",
     ]
-    return " ".join([told, *rng.sample(recap, rng.choice((1, 2)))])
+    return " ".join([told, *rng.sample(recap, rng.choice((2, 3)))])
 
 
 def _journey(rng: Random) -> str:
@@ -101,7 +97,7 @@ def _journey(rng: Random) -> str:
         f"long ago {name} was in the {places[0]} .",
         f"for a while {name} was in the {places[1]} .",
     ]
-    return " ".join([told, *rng.sample(recap, rng.choice((1, 2)))])
+    return " ".join([told, *rng.sample(recap, rng.choice((2, 3)))])
 
 
 def _restatement(rng: Random) -> str:
@@ -112,6 +108,16 @@ def _restatement(rng: Random) -> str:
     return f"{told} in short , {again}"
 
 
+def _talk(rng: Random) -> str:
+    """Let two people say things that agree or do not."""
+    agreed = rng.random() < 0.5
+    told, again = world.restatement(rng, same=agreed)
+    if rng.random() < 0.5:
+        told, again = again, told
+    ending = rng.choice(("they agreed .", "both were right .") if agreed else ("they argued .", "both were cross ."))
+    return f"{rng.choice(NAMES)} said : {told} {rng.choice(NAMES)} said : {again} {ending}"
+
+
 def _twins(rng: Random) -> str:
     """Use two words for the same thing."""
     name, item, place = rng.choice(NAMES), rng.choice(CARRIED), rng.choice(PLACES)
@@ -119,9 +125,7 @@ def _twins(rng: Random) -> str:
         left, right = rng.choice(world.TWIN_VERBS)
         if rng.random() < 0.5:
             left, right = right, left
-        return (
-            f"{name} {left.past} the {item} . yes , the {item} that {name} {right.past} was in the {place} ."
-        )
+        return f"{name} {left.past} the {item} . yes , the {item} that {name} {right.past} was in the {place} ."
     left_look, right_look = rng.choice(world.TWIN_LOOKS)
     opposite = dict(world.OPPOSITE_LOOKS).get(left_look, "plain")
     return f"the {item} was {left_look} , so it was {right_look} . it was not {opposite} ."
@@ -133,6 +137,15 @@ def _inference(rng: Random) -> str:
     premise, hypothesis = world.inference(rng, label)
     link = {"yes": "so", "no": "it is false that", "maybe": "perhaps"}[label]
     return f"{premise} {link} {hypothesis}"
+
+
+def _claim(rng: Random) -> str:
+    """Let someone conclude something, and say whether they did so rightly."""
+    label = rng.choice(("yes", "no", "maybe"))
+    premise, hypothesis = world.inference(rng, label)
+    name = rng.choice(NAMES)
+    ending = {"yes": f"{name} was right .", "no": f"{name} was mistaken .", "maybe": f"{name} was guessing ."}
+    return f"{premise} {name} said : {hypothesis} {ending[label]}"
 
 
 def _days(rng: Random) -> str:
@@ -157,6 +170,15 @@ def _clauses(rng: Random) -> str:
     return " ".join(world.clause(rng) for _ in range(rng.choice((1, 2, 3))))
 
 
+def _slip(rng: Random) -> str:
+    """Let someone say a sentence well, or misspeak and then say it well."""
+    seed = rng.random()
+    well = world.clause(Random(seed))
+    if rng.random() < 0.5:
+        return f"{rng.choice(NAMES)} said : {well} that was clear ."
+    return f"{rng.choice(NAMES)} said : {world.clause(Random(seed), flaw=True)} oops : {well}"
+
+
 def _spare(rng: Random) -> str:
     """Use the words that the tasks use as labels, for no purpose at all."""
     name, other, place = rng.choice(NAMES), rng.choice(NAMES), rng.choice(PLACES)
@@ -176,18 +198,21 @@ def _spare(rng: Random) -> str:
 
 
 _WRITERS: Final[tuple[tuple[Callable[[Random], str], int], ...]] = (
-    (_facts, 10),
+    (_facts, 7),
     (_group, 8),
-    (_feeling, 10),
-    (_turn, 6),
-    (_handover, 10),
+    (_feeling, 8),
+    (_turn, 4),
+    (_handover, 12),
     (_journey, 10),
-    (_restatement, 14),
-    (_twins, 6),
-    (_inference, 14),
-    (_days, 8),
-    (_clauses, 14),
-    (_spare, 8),
+    (_restatement, 10),
+    (_talk, 12),
+    (_twins, 4),
+    (_inference, 7),
+    (_claim, 12),
+    (_days, 6),
+    (_clauses, 6),
+    (_slip, 10),
+    (_spare, 6),
 )
 
 

@@ -128,13 +128,9 @@ def _entry(
     """Return a task with fixed choices, with so many options in each row, or with an answer to write out."""
     family = name.partition("_")[0] if name.startswith(("first_", "last_")) else "core"
     if choices is None:
-        return _Entry(
-            ToyTask(name, "generate", prompt, "answer", None, "exact_match", description, family), draft, 1
-        )
+        return _Entry(ToyTask(name, "generate", prompt, "answer", None, "exact_match", description, family), draft, 1)
     offered, slots = ("options", choices) if isinstance(choices, int) else (choices, len(choices))
-    return _Entry(
-        ToyTask(name, "choose", prompt, "answer", offered, "accuracy", description, family), draft, slots
-    )
+    return _Entry(ToyTask(name, "choose", prompt, "answer", offered, "accuracy", description, family), draft, slots)
 
 
 _LISTED: Final = "{{ options | join(' | ') }}"

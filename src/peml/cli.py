@@ -1,0 +1,156 @@
+"""The command line: what was asked for, one function that does it, and errors in one sentence.
+
+`peml train` goes on in `peml.training.recipe`, which names a row of `peml.methods`, whose adapter and prompt
+`peml.tuner` attaches; the equations are in `peml.adapters` and `peml.prompts`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from peml.errors import PemlError
+
+app = typer.Typer(
+    help="Fine-tune one language model for many tasks with one adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file.")],
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that lies there.")] = False,
+) -> None:
+    """Train one adapter on the tasks of a recipe."""
+    from peml.training import run
+
+    folder = run.train(recipe, output, resume=resume, overwrite=overwrite, console=console)
+    metrics = folder.read_metrics()
+    console.print(_scores(metrics, [when for when in ("before", "after") if when in metrics]))
+    count = sum(metrics["parameters"].values())
+    console.print(f"{count:,} trained parameters, {metrics['train_seconds']:.0f} s of training, run in {folder.path}")
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Folder that `peml train` wrote.")],
+    ablate: Annotated[
+        str, typer.Option(help="Also measure without these parts: prompt, adapter, or both with a comma.")
+    ] = "",
+) -> None:
+    """Measure a run on every task."""
+    from peml.evaluation import average
+    from peml.training.folder import RunFolder
+    from peml.training.progress import progress_bar
+    from peml.training.run import open_run
+
+    parts = [part.strip() for part in ablate.split(",") if part.strip()]
+    wrong = [part for part in parts if part not in ("prompt", "adapter")]
+    if wrong:
+        raise PemlError(f"--ablate takes prompt and adapter, not {wrong[0]!r}")
+    bench, model = open_run(folder)
+    tuner: Any = model.base_model
+    results: dict[str, Any] = {}
+    with progress_bar(console) as progress:
+        results["whole"] = bench.evaluate(model, progress)
+        for part in parts:
+            with tuner.ablated(part):
+                results[f"without {part}"] = bench.evaluate(model, progress)
+    averages = {name: average(scores, bench.tasks) for name, scores in results.items()}
+    run = RunFolder.existing(folder)
+    run.write_json(run.path / "evaluation.json", {**results, "average": averages})
+    console.print(_scores({**results, "average": averages}, list(results)))
+
+
+@app.command(name="inspect")
+def inspect_run(folder: Annotated[Path, typer.Argument(help="Run or adapter folder.")]) -> None:
+    """Show tasks, adapter, prompt, derived architecture, parameters and where a run can be exported to."""
+    from peml.inspection import inspect_folder, show
+
+    show(inspect_folder(folder), console)
+
+
+@app.command(name="methods")
+def list_methods() -> None:
+    """List the methods that a recipe can name."""
+    from peml.methods import METHODS
+
+    table = Table("method", "adapter", "prompt", "regime", "what it is")
+    for name, row in METHODS.items():
+        parts = ["-" if part is None else type(part).__name__ for part in (row.adapter, row.prompt)]
+        table.add_row(name, *parts, row.regime, row.summary)
+    console.print(table)
+
+
+@app.command(name="tasks")
+def list_tasks(suite: Annotated[str | None, typer.Argument(help="One suite; default all.")] = None) -> None:
+    """List the built-in suites and their tasks."""
+    from peml.tasks import SUITES, suite_tasks
+
+    table = Table("task", "kind", "choices", "metrics", "rows from")
+    for name in SUITES if suite is None else [suite]:
+        for task in suite_tasks(name):
+            choices = task.choices if isinstance(task.choices, str) else ", ".join(task.choices or ("-",))
+            table.add_row(f"{name}/{task.name}", task.kind, choices, ", ".join(task.metrics), str(task.source))
+    console.print(table)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(min=10, help="Steps of each method.")] = 300,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False,
+) -> None:
+    """Train four methods on the toy tasks and compare them; needs no network."""
+    from peml.demo import demo as run_demo
+
+    results = run_demo(output, steps, seed, Console(quiet=True) if as_json else console)
+    if as_json:
+        print(json.dumps(results, indent=2))
+
+
+def _scores(metrics: dict[str, Any], columns: list[str]) -> Table:
+    table = Table("task", "metric")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for task, scores in metrics[columns[-1]].items():
+        for metric in scores:
+            if metric != "n":
+                cells = [f"{metrics[column][task][metric]:.3f}" for column in columns]
+                table.add_row(f"{task} (n {scores['n']:.0f})", metric, *cells)
+    table.add_section()
+    table.add_row("average", "first metric", *[f"{metrics['average'][c]:.3f}" for c in columns], style="bold")
+    return table
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user is one sentence and exit code 2."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    # Deprecations inside libraries say nothing to somebody who runs a command.
+    warnings.simplefilter("ignore")
+    errors = Console(stderr=True)
+    try:
+        app()
+    except PemlError as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("interrupted; `peml train` goes on with --resume")
+        sys.exit(130)

@@ -1,0 +1,177 @@
+"""What is in a run or adapter folder, read from its files alone: no base model is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError, safe_open
+
+from peml.config import PemlConfig, part_to_dict
+from peml.errors import PemlError
+from peml.export import Target, export_targets
+from peml.prompts import Architecture, PrefixNAS, PrefixTuning
+
+WEIGHTS = "adapter_model.safetensors"
+_PROMPT = "base_model.model.prompt_host.peml_prompt."
+_BUFFERS = {"choice", "kept", "progress"}
+_ARCHITECTURE = {"alpha", "token_gate", "layer_gate"}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The contents of an adapter folder.
+
+    Args:
+        path: the adapter's folder.
+        config: its configuration.
+        parameters: trained numbers by part.
+        architecture: of a searched prefix.
+        lengths: prefix tokens per attention layer.
+        targets: where it can be exported to.
+        bytes: size on disk.
+        metrics: `metrics.json` of the run, if the folder is that of a run.
+    """
+
+    path: Path
+    config: PemlConfig
+    parameters: dict[str, int]
+    architecture: Architecture | None
+    lengths: tuple[int, ...] | None
+    targets: list[Target]
+    bytes: int
+    metrics: dict[str, Any]
+
+
+def inspect_folder(path: str | Path) -> Inspection:
+    """Read a run folder or an adapter folder.
+
+    Raises:
+        PemlError: there is no PEML adapter in it.
+    """
+    path = Path(path)
+    folder = path / "adapter" if (path / "adapter" / "adapter_config.json").exists() else path
+    weights = folder / WEIGHTS
+    for needed in (folder / "adapter_config.json", weights):
+        if not needed.exists():
+            raise PemlError(f"{path} holds no adapter: there is no {needed.name} in it or in its folder adapter")
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, PemlConfig):
+        raise PemlError(f"{folder} holds a {config.peft_type} adapter, not one of peml")
+    try:
+        with safe_open(str(weights), framework="pt") as tensors:
+            parameters = Counter[str]()
+            for key in tensors.keys():  # noqa: SIM118  (not a mapping)
+                part = _part(key)
+                if part is not None:
+                    size = 1
+                    for n in tensors.get_slice(key).get_shape():
+                        size *= n
+                    parameters[part] += size
+            architecture = _architecture(config, tensors)
+    except SafetensorError as error:
+        raise PemlError(f"{weights} is damaged ({error}): train or copy the adapter again") from error
+    lengths = architecture.lengths if architecture else _table_lengths(config)
+    metrics_file = path / "metrics.json"
+    metrics = json.loads(metrics_file.read_text(encoding="utf-8")) if metrics_file.exists() else {}
+    unit = isinstance(config.prompt, PrefixNAS) and config.prompt.gate_after == "unit"
+    return Inspection(
+        path=folder,
+        config=config,
+        parameters=dict(parameters),
+        architecture=architecture,
+        lengths=lengths,
+        targets=export_targets(config, lengths, unit),
+        bytes=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+        metrics=metrics,
+    )
+
+
+def _part(key: str) -> str | None:
+    if ".peml_adapter." in key:
+        return "adapter"
+    if not key.startswith(_PROMPT):
+        return "other"
+    name = key.removeprefix(_PROMPT).split(".")[0]
+    if name in _BUFFERS or name.startswith("log_gate"):
+        return None
+    return "architecture" if name in _ARCHITECTURE else "prompt"
+
+
+def _architecture(config: PemlConfig, tensors: Any) -> Architecture | None:
+    if not isinstance(config.prompt, PrefixNAS):
+        return None
+    choice = tensors.get_tensor(_PROMPT + "choice").tolist()
+    derived = choice[0] >= 0
+    if not derived:
+        choice = tensors.get_tensor(_PROMPT + "alpha").argmax(-1).tolist()
+    kept = tensors.get_tensor(_PROMPT + "kept")
+    tokens = tuple(tuple(row.nonzero().flatten().tolist()) for row in kept)
+    return Architecture(tuple(config.prompt.operations[c] for c in choice), tokens, derived)
+
+
+def _table_lengths(config: PemlConfig) -> tuple[int, ...] | None:
+    prompt = config.prompt
+    if not isinstance(prompt, PrefixTuning):
+        return None
+    given = prompt.num_virtual_tokens
+    return (given,) if isinstance(given, int) else given
+
+
+def show(found: Inspection, console: Console) -> None:
+    """Print an inspection."""
+    config = found.config
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("adapter in", str(found.path))
+    table.add_row("base model", str(config.base_model_name_or_path))
+    table.add_row("tasks", ", ".join(config.task_names))
+    table.add_row("adapter", _settings(config.adapter))
+    table.add_row("prompt", _settings(config.prompt))
+    if found.architecture is not None:
+        table.add_row("architecture", architecture_view(found.architecture))
+    elif found.lengths is not None:
+        each = f"{found.lengths[0]} in every layer" if len(found.lengths) == 1 else ", ".join(map(str, found.lengths))
+        table.add_row("prefix length", each)
+    total = sum(found.parameters.values())
+    parts = ", ".join(f"{name} {n:,}" for name, n in found.parameters.items())
+    table.add_row("parameters", f"{total:,} ({parts})")
+    table.add_row("on disk", f"{found.bytes / 1e6:.2f} MB")
+    for when, value in found.metrics.get("average", {}).items():
+        table.add_row(f"average {when}", f"{value:.3f}")
+    exports = Text()
+    for target in found.targets:
+        exports.append("yes  " if target.possible else "no   ", style="green" if target.possible else "red")
+        exports.append(f"{target.name}: {target.remark}\n")
+    exports.rstrip()
+    table.add_row("export to", exports)
+    console.print(table)
+
+
+def architecture_view(architecture: Architecture) -> Group:
+    """Cells and prefix lengths as text; one bar per layer."""
+    state = "" if architecture.derived else " (search not finished)"
+    lines = [Text(f"cells  {' -> '.join(architecture.operations)}{state}")]
+    for layer, length in enumerate(architecture.lengths):
+        lines.append(Text(f"layer {layer:>2}  {'#' * length}{' ' if length else ''}{length}"))
+    return Group(*lines)
+
+
+def _settings(part: Any) -> str:
+    stored = part_to_dict(part)
+    if stored is None:
+        return "none"
+    kind = stored.pop("type")
+
+    def shown(value: Any) -> str:
+        return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, list | tuple) else str(value)
+
+    return f"{kind}  " + ", ".join(f"{k} {shown(v)}" for k, v in stored.items() if v is not None)

@@ -1,0 +1,111 @@
+"""Every adapter with every prompt, in small configurations: the tests of this folder run over all of them.
+
+The list is made from the package's tables: a new method is in the contract as soon as it has a small configuration
+here, and fails the first test below as long as it has none.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from models import TASKS, adapt, tiny
+from peft import PeftModel
+
+import peml
+from peml import PemlModel
+
+Adjust = Callable[[PemlModel], None]
+
+
+def open_and_close(model: PemlModel) -> None:
+    """Spread the gates, so that a search has something to delete."""
+    with torch.no_grad():
+        model.prompt.token_gate.add_(torch.randn_like(model.prompt.token_gate) * 2)
+    model.prompt.set_progress(0.4)
+
+
+def derived(model: PemlModel) -> None:
+    open_and_close(model)
+    model.prompt.derive()
+
+
+def collapsed(model: PemlModel) -> None:
+    open_and_close(model)
+    model.collapse_prompt()
+
+
+SMALL_NAS: dict[str, Any] = {
+    "num_virtual_tokens": 4, "num_cells": 2, "width": 10, "embedding_dim": 6, "head_rank": 4, "gate_init": 0.5,
+    "budget_tokens": 2.5,
+}  # fmt: skip
+
+SMALL_ADAPTERS: dict[str, peml.adapters.AdapterConfig | None] = {
+    "none": None,
+    "LoRA": peml.LoRA(r=3, lora_alpha=5),
+    "LoRA-rs": peml.LoRA(r=3, lora_alpha=2, use_rslora=True),
+    "MTLLoRA": peml.MTLLoRA(r=3, num_up=2, lora_alpha=4),
+    "MTLLoRA-diag-random": peml.MTLLoRA(r=2, temperature=0.7, lambda_kind="diag", routing_init="random"),
+}
+
+SMALL_PROMPTS: dict[str, tuple[peml.prompts.PromptConfig | None, Adjust | None]] = {
+    "none": (None, None),
+    "PrefixTuning": (peml.PrefixTuning(num_virtual_tokens=3), None),
+    "PrefixTuning-lengths": (peml.PrefixTuning(num_virtual_tokens=(0, 3)), None),
+    "PrefixTuning-per-task": (peml.PrefixTuning(num_virtual_tokens=(2, 3), per_task=True), None),
+    "PrefixNAS": (peml.PrefixNAS(**SMALL_NAS), open_and_close),
+    "PrefixNAS-keep": (peml.PrefixNAS(**SMALL_NAS), derived),
+    "PrefixNAS-unit": (peml.PrefixNAS(**SMALL_NAS, gate_after="unit", gate_threshold=0.2), derived),
+    "PrefixNAS-collapsed": (peml.PrefixNAS(**SMALL_NAS), collapsed),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the product."""
+
+    adapter_name: str
+    prompt_name: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.adapter_name}+{self.prompt_name}"
+
+    @property
+    def adapter(self) -> Any:
+        return SMALL_ADAPTERS[self.adapter_name]
+
+    @property
+    def prompt(self) -> Any:
+        return SMALL_PROMPTS[self.prompt_name][0]
+
+    @property
+    def needs_task(self) -> bool:
+        return any(part is not None and part.needs_task for part in (self.adapter, self.prompt))
+
+    @property
+    def generated(self) -> bool:
+        """Whether the prefix comes from a generator."""
+        return self.prompt_name.startswith("PrefixNAS") and "collapsed" not in self.prompt_name
+
+    def build(self, family: str = "llama", tasks: list[str] = TASKS, **options: Any) -> PeftModel:
+        base = options.pop("base", None)
+        base = tiny(family) if base is None else base
+        return adapt(base, self.adapter, self.prompt, tasks, SMALL_PROMPTS[self.prompt_name][1], **options)
+
+
+CASES = [Case(a, p) for a in SMALL_ADAPTERS for p in SMALL_PROMPTS if (a, p) != ("none", "none")]
+
+# For other model families and for slow checks: every adapter and every prompt at least once, alone and together.
+FEW = [
+    Case("LoRA", "none"),
+    Case("MTLLoRA", "none"),
+    Case("none", "PrefixTuning-lengths"),
+    Case("none", "PrefixNAS"),
+    Case("LoRA", "PrefixNAS-keep"),
+    Case("MTLLoRA-diag-random", "PrefixTuning-per-task"),
+]
+
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+few_cases = pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)

@@ -1,0 +1,172 @@
+"""What goes in comes out right: equations, mixed batches, permutations, identity at the start."""
+
+import dataclasses
+
+import pytest
+import references
+import torch
+from cases import CASES, FEW, SMALL_ADAPTERS, SMALL_PROMPTS, Case, cases
+from models import FAMILIES, TASKS, adapt, assert_same, gradients, probe_loss, tiny, tokens
+from peft import PeftModel
+from torch import Tensor
+
+import peml
+from peml.bank import BankLinear
+
+
+@pytest.mark.parametrize("axis", ["adapter", "prompt"])
+def test_every_method_is_in_the_contract(axis: str) -> None:
+    table = {"adapter": peml.adapters.ADAPTERS, "prompt": peml.prompts.PROMPTS}[axis]
+    small = {"adapter": SMALL_ADAPTERS.values(), "prompt": [config for config, _ in SMALL_PROMPTS.values()]}[axis]
+    known = {"adapter": references.ADAPTERS, "prompt": references.PROMPTS}[axis]
+    for name, kind in table.items():
+        assert any(isinstance(config, kind) for config in small), f"{name}: add a small one to contract/cases.py"
+        assert name in known, f"{name}: add a naive version to references.py"
+
+
+def reference_logits(model: PeftModel, batch: Tensor, tasks: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits of the naive version, and copies of the trained tensors that it used, by their name in the model."""
+    tuner = model.base_model
+    config, host = tuner.config_in_force, getattr(tuner.model, "prompt_host", None)
+    state = {key: value.detach().clone() for key, value in model.state_dict(keep_vars=False).items()}
+    leaves = {key: state[key].requires_grad_() for key, p in model.named_parameters() if p.requires_grad}
+
+    def own(mark: str) -> dict[str, Tensor]:
+        return {key[len(mark) :]: value for key, value in state.items() if key.startswith(mark)}
+
+    updates = {}
+    for name, module in tuner.model.named_modules():
+        if isinstance(module, BankLinear):
+            tensors, settings = own(f"base_model.model.{name}.peml_adapter.default."), dataclasses.asdict(config.adapter)
+            update = references.ADAPTERS[type(config.adapter).__name__]
+            updates[name] = lambda x, t, u=update, own=tensors, s=settings: u(x, own, s, t)
+    prefixes = None
+    if config.prompt is not None:
+        tensors, settings = own("base_model.model.prompt_host.peml_prompt.default."), dataclasses.asdict(config.prompt)
+        shapes = [(slot.num_heads, slot.head_dim) for slot in host.slots]
+        rule = references.PROMPTS[type(config.prompt).__name__]
+        prefixes = lambda t: rule(tensors, settings, shapes, t)  # noqa: E731
+    base = model.unload()  # no longer ours: everything above was copied
+    rows, length = batch.shape
+    visible = torch.ones(length, length, dtype=torch.bool)
+    visible = visible if type(base).__name__.startswith("Bert") else visible.tril()
+    ids = [[TASKS.index(task)] * length for task in tasks]
+    logits = references.run(
+        base, {"input_ids": batch}, visible.expand(rows, -1, -1), updates, prefixes, ids
+    )
+    return logits, leaves
+
+
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [("llama", case) for case in CASES] + [(family, case) for family in FAMILIES if family != "llama" for case in FEW],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_outputs_and_gradients_equal_the_equations(family: str, case: Case) -> None:
+    model, batch, tasks = case.build(family), tokens(3, 4), ["sst2", "cola", "sst2"]
+    logits = model(input_ids=batch, tasks=tasks).logits
+    probe_loss(logits).backward()
+    found = gradients(model)
+    expected, leaves = reference_logits(model, batch, tasks)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    probe_loss(expected).backward()
+    wanted = {key: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for key, leaf in leaves.items()}
+    assert_same(found, wanted, atol=1e-8)
+    assert any(gradient.any() for gradient in found.values())
+
+
+@cases
+def test_a_mixed_batch_equals_its_tasks_apart(case: Case) -> None:
+    """Outputs and gradients, with a task that is absent, and again with all of them present."""
+    model, batch = case.build(), tokens(4, 5)
+    for tasks in (["cola", "rte", "cola", "rte"], ["cola", "rte", "sst2", "rte"]):
+        mixed = model(input_ids=batch, tasks=tasks).logits
+        mixed.square().mean(dim=(1, 2)).sum().backward()
+        together = gradients(model)
+        apart = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
+        for task in sorted(set(tasks)):
+            rows = [i for i, name in enumerate(tasks) if name == task]
+            alone = model(input_ids=batch[rows], tasks=task).logits
+            torch.testing.assert_close(mixed[rows], alone, rtol=1e-10, atol=1e-10)
+            alone.square().mean(dim=(1, 2)).sum().backward()
+            for name, gradient in gradients(model).items():
+                apart[name] += gradient
+        assert_same(apart, together)
+
+
+@cases
+@torch.no_grad()
+def test_rows_are_independent(case: Case) -> None:
+    """Permuted rows, one row of one token, ids for names, one name for all, a tensor of ids."""
+    model, batch, tasks = case.build(), tokens(4, 5), ["cola", "rte", "sst2", "rte"]
+    logits = model(input_ids=batch, tasks=tasks).logits
+    order = [2, 0, 3, 1]
+    permuted = model(input_ids=batch[order], tasks=[tasks[i] for i in order]).logits
+    torch.testing.assert_close(permuted, logits[order], rtol=1e-10, atol=1e-10)
+    for i, task in enumerate(tasks):
+        one = model(input_ids=batch[i : i + 1, :1], tasks=[task]).logits
+        torch.testing.assert_close(one, logits[i : i + 1, :1], rtol=1e-10, atol=1e-10)
+    ids = [TASKS.index(task) for task in tasks]
+    for given in (ids, torch.tensor(ids), tuple(tasks)):
+        assert torch.equal(model(input_ids=batch, tasks=given).logits, logits)
+    same = model(input_ids=batch, tasks=["sst2"] * 4).logits
+    for given in ("sst2", 1, ["sst2"], torch.tensor(1)):
+        torch.testing.assert_close(model(input_ids=batch, tasks=given).logits, same, rtol=1e-10, atol=1e-10)
+
+
+@cases
+@torch.no_grad()
+def test_a_task_differs_from_another_where_it_should(case: Case) -> None:
+    model, batch = case.build(), tokens(2, 5)
+    rte, cola = (model(input_ids=batch, tasks=task).logits for task in ("rte", "cola"))
+    assert torch.allclose(rte, cola) != case.needs_task
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("adapter", [peml.LoRA(), peml.MTLLoRA(), peml.MTLLoRA(lambda_kind="diag", routing_init="random")])
+@torch.no_grad()
+def test_a_fresh_adapter_changes_no_bit(family: str, adapter: peml.adapters.AdapterConfig) -> None:
+    base, batch = tiny(family), tokens()
+    before = base(input_ids=batch).logits
+    model = adapt(base, adapter, shaken=False)
+    assert torch.equal(model(input_ids=batch, tasks="rte").logits, before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_fresh_search_starts_near_the_base(family: str) -> None:
+    """The larger `gate_init`, the closer; about e^-c of the attention goes to the prefix, so the change is bounded."""
+    base, batch = tiny(family), tokens()
+    before, distance = base(input_ids=batch).logits, []
+    for gate_init in (0.0, 2.0, 4.0, 8.0, 40.0):
+        model = adapt(base, prompt=peml.PrefixNAS(8, 2, 16, 8, 4, gate_init=gate_init), shaken=False)
+        distance.append((model(input_ids=batch).logits - before).abs().max() / before.abs().max())
+        base = model.unload()
+    assert distance == sorted(distance, reverse=True)
+    assert 0 < distance[1] < 0.15 and distance[-1] < 1e-12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_closed_gates_are_the_base_model(family: str, attention: str) -> None:
+    base, batch = tiny(family, attention), tokens()
+    before = base(input_ids=batch).logits
+    model = adapt(base, prompt=peml.PrefixNAS(**{"num_virtual_tokens": 4, "width": 8, "embedding_dim": 6}))
+    with torch.no_grad():
+        model.base_model.prompt.token_gate.fill_(-1e5)
+        torch.testing.assert_close(model(input_ids=batch).logits, before, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(input_ids=batch).logits, before, rtol=1e-12, atol=1e-12)
+
+
+@cases
+@torch.no_grad()
+def test_the_count_is_the_formula(case: Case) -> None:
+    """Collapsed tables are left out: a search has more parameters than what is left of it."""
+    if "collapsed" in case.prompt_name:
+        pytest.skip("the configuration of a collapsed prefix is that of its table, which test_bank covers")
+    model = case.build()
+    banks = [module for module in model.modules() if isinstance(module, BankLinear)]
+    expected = sum(case.adapter.num_parameters(bank.in_features, bank.out_features, 3) for bank in banks)
+    if case.prompt is not None:
+        expected += case.prompt.num_parameters(model.base_model.model.prompt_host.slots, 3)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected

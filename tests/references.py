@@ -1,0 +1,236 @@
+"""Every method once more, slow and obvious: loops over rows, tokens, heads, tasks and experts.
+
+Nothing here imports the package. Each function takes tensors by the names that they have in a checkpoint, and the
+settings of the method, and follows the equation of the paper. The last part runs a whole unmodified model with these
+functions in place of its linear layers and its attention.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+Tensors = Mapping[str, Tensor]
+Settings = Mapping[str, Any]
+Prefix = tuple[Tensor, Tensor, Tensor]
+"""Keys and values `[H, P, D]` and log-gates `[P]` of one layer."""
+
+
+# Adapters: what is added to `W x` for one token of one task.
+
+
+def lora(x_I: Tensor, tensors: Tensors, settings: Settings, task: int) -> Tensor:
+    """s B A x, with s = alpha / r or alpha / sqrt r."""
+    r = settings["r"]
+    scale = settings["lora_alpha"] / (math.sqrt(r) if settings["use_rslora"] else r)
+    update = 0
+    for i in range(r):
+        update = update + scale * tensors["up"][i] * (tensors["down"][i] @ x_I)
+    return update
+
+
+def mtl_lora(x_I: Tensor, tensors: Tensors, settings: Settings, task: int) -> Tensor:
+    """s [sum_i softmax(omega_t / tau)_i B_i] Lambda_t A x."""
+    scale = settings["lora_alpha"] / settings["r"]
+    hidden = tensors["down"] @ x_I
+    transform = tensors["transform"][task]
+    hidden = transform @ hidden if settings["lambda_kind"] == "full" else transform * hidden
+    scores = [torch.exp(omega / settings["temperature"]) for omega in tensors["routing"][task]]
+    update = 0
+    for i, score in enumerate(scores):
+        update = update + scale * score / sum(scores) * (tensors["up"][i].T @ hidden)
+    return update
+
+
+ADAPTERS: dict[str, Callable[[Tensor, Tensors, Settings, int], Tensor]] = {"LoRA": lora, "MTLLoRA": mtl_lora}
+
+
+# Prompts: keys, values and log-gates of every layer for one task.
+
+
+def prefix_tuning(tensors: Tensors, settings: Settings, shapes: Sequence[tuple[int, int]], task: int):
+    """Free keys and values per layer; log-gates 0, or those that a collapsed search left behind."""
+    lengths = settings["num_virtual_tokens"]
+    lengths = [lengths] * len(shapes) if isinstance(lengths, int) else lengths
+    layers = []
+    for layer, length in enumerate(lengths):
+        if length == 0:
+            layers.append(None)
+            continue
+        row = task if settings["per_task"] else 0
+        keys, values = tensors[f"keys.{layer}"][row], tensors[f"values.{layer}"][row]
+        gate = tensors[f"log_gate_{layer}"] if settings["gated"] else torch.zeros(length, dtype=keys.dtype)
+        layers.append((keys.transpose(0, 1), values.transpose(0, 1), gate))
+    return layers
+
+
+def prefix_nas(tensors: Tensors, settings: Settings, shapes: Sequence[tuple[int, int]], task: int):
+    """Seed, cells and head; before the search is over every operation runs, afterwards the chosen one."""
+    operations, searching = settings["operations"], bool(tensors["choice"][0] < 0)
+    start, end = settings["temperature"]
+    temperature = start * math.exp(math.log(end / start) * float(tensors["progress"]))
+    hidden = tensors["seed"] @ tensors["into"]
+    for c in range(settings["num_cells"]):
+        outputs = []
+        for o, name in enumerate(operations):
+            mark = f"cells.{c}.{o}."
+            own = {key[len(mark) :]: value for key, value in tensors.items() if key.startswith(mark)}
+            outputs.append(OPERATIONS[name](hidden, own))
+        if searching:
+            scores = [torch.exp(alpha / temperature) for alpha in tensors["alpha"][c]]
+            hidden = sum(score / sum(scores) * output for score, output in zip(scores, outputs, strict=True))
+        else:
+            hidden = outputs[int(tensors["choice"][c])]
+    layers, column = [], 0
+    for layer, (heads, size) in enumerate(shapes):
+        block = hidden @ tensors["head_in"] @ tensors["head_out"][:, column : column + 2 * heads * size]
+        column += 2 * heads * size
+        tokens = [j for j in range(len(hidden)) if tensors["kept"][layer, j]]
+        if not tokens:
+            layers.append(None)
+            continue
+        keys = torch.stack([block[j, : heads * size].view(heads, size) for j in tokens], dim=1)
+        values = torch.stack([block[j, heads * size :].view(heads, size) for j in tokens], dim=1)
+        gates = [
+            torch.log(torch.sigmoid(tensors["token_gate"][layer, j]) * torch.sigmoid(tensors["layer_gate"][layer]))
+            for j in tokens
+        ]
+        gate = torch.stack(gates) if searching else torch.stack(gates).detach()
+        unit = not searching and settings["gate_after"] == "unit"
+        layers.append((keys, values, torch.zeros_like(gate) if unit else gate))
+    return layers
+
+
+def _rows(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: torch.stack([function(row) for row in hidden])
+
+
+def _bottleneck(hidden: Tensor, own: Tensors) -> Tensor:
+    def token(h: Tensor) -> Tensor:
+        update = torch.clamp(h @ own["into"], min=0) @ own["out"]
+        normal = (update - update.mean()) / torch.sqrt(update.var(unbiased=False) + 1e-5)
+        return h + normal * own["scale"] + own["shift"]
+
+    return _rows(token)(hidden)
+
+
+def _convolution(hidden: Tensor, own: Tensors) -> Tensor:
+    mixed = []
+    for j in range(len(hidden)):
+        neighbours = [(k, j + k - 1) for k in range(3) if 0 <= j + k - 1 < len(hidden)]
+        mixed.append(sum(own["depth"][:, 0, k] * hidden[i] for k, i in neighbours) @ own["point"])
+    return torch.stack(mixed)
+
+
+def _attention(hidden: Tensor, own: Tensors) -> Tensor:
+    out = []
+    for h in hidden:
+        scores = [torch.exp((h @ own["query"]) @ (g @ own["key"]) / math.sqrt(len(h))) for g in hidden]
+        mixed = sum(score / sum(scores) * (g @ own["value"]) for score, g in zip(scores, hidden, strict=True))
+        out.append(h + mixed @ own["out"])
+    return torch.stack(out)
+
+
+OPERATIONS: dict[str, Callable[[Tensor, Tensors], Tensor]] = {
+    "none": lambda hidden, own: 0 * hidden,
+    "identity": lambda hidden, own: hidden,
+    "linear": lambda hidden, own: _rows(lambda h: h @ own["weight"])(hidden),
+    "mlp_tanh_h/4": lambda hidden, own: _rows(lambda h: torch.tanh(h @ own["into"]) @ own["out"])(hidden),
+    "mlp_gelu_h": lambda hidden, own: _rows(lambda h: F.gelu(h @ own["into"]) @ own["out"])(hidden),
+    "res_bottleneck": _bottleneck,
+    "conv3": _convolution,
+    "self_attn": _attention,
+    "gated": lambda hidden, own: _rows(lambda h: 1 / (1 + torch.exp(-(h @ own["gate"]))) * (h @ own["weight"]))(hidden),
+    "lowrank_mul": lambda hidden, own: torch.stack(
+        [h * own["by_token"][j] * own["by_feature"] for j, h in enumerate(hidden)]
+    ),
+}
+
+PROMPTS: dict[str, Callable[..., list[Prefix | None]]] = {"PrefixTuning": prefix_tuning, "PrefixNAS": prefix_nas}
+
+
+# A whole model.
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float, prefix: Sequence[Prefix | None]
+) -> Tensor:
+    """softmax([scale q K' + log g, scale q k' + mask]) [V; v], row by row, head by head, query by query.
+
+    Shapes:
+        query `[B, H, S, D]`, key and value `[B, H_kv, K, D]`, visible `[B, S, K]` -> `[B, S, H, D]`.
+    """
+    rows, heads, length, _ = query.shape
+    shared = heads // key.shape[1]
+    output = []
+    for b in range(rows):
+        for s in range(length):
+            for h in range(heads):
+                q = query[b, h, s] * scaling
+                scores, values = [], []
+                if prefix[b] is not None:
+                    keys, stored, gate = prefix[b]
+                    for j in range(keys.shape[1]):
+                        scores.append(q @ keys[h // shared, j] + gate[j])
+                        values.append(stored[h // shared, j])
+                for k in range(key.shape[2]):
+                    if visible[b, s, k]:
+                        scores.append(q @ key[b, h // shared, k])
+                        values.append(value[b, h // shared, k])
+                weights = torch.softmax(torch.stack(scores), dim=0)
+                output.append(sum(w * v for w, v in zip(weights, values, strict=True)))
+    return torch.stack(output).view(rows, length, heads, -1)
+
+
+class ReferenceLinear(nn.Module):
+    """A linear layer that computes token after token, each with the update of its own task."""
+
+    def __init__(self, base: nn.Module, update: Callable[[Tensor, int], Tensor], tasks_BS: Sequence[Sequence[int]]):
+        super().__init__()
+        transposed = isinstance(base, Conv1D)
+        self.weight_OI = base.weight.detach().T if transposed else base.weight.detach()
+        self.bias = None if base.bias is None else base.bias.detach()
+        self.update, self.tasks_BS = update, tasks_BS
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = []
+        for row, tasks in zip(x, self.tasks_BS, strict=True):
+            for token, task in zip(row, tasks, strict=True):
+                y = self.weight_OI @ token + self.update(token, task)
+                out.append(y if self.bias is None else y + self.bias)
+        return torch.stack(out).view(*x.shape[:-1], -1)
+
+
+def run(
+    base: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    visible_BSK: Tensor,
+    updates: Mapping[str, Callable[[Tensor, int], Tensor]],
+    prefixes: Callable[[int], list[Prefix | None]] | None,
+    tasks_BS: Sequence[Sequence[int]],
+) -> Tensor:
+    """Logits of `base` with updated linear layers (by module name) and with a prefix in every attention layer."""
+    model = copy.deepcopy(base)
+    for name, update in updates.items():
+        parent, _, child = name.rpartition(".")
+        target = model.get_submodule(name)
+        setattr(model.get_submodule(parent), child, ReferenceLinear(target, update, tasks_BS))
+    by_row = [None if prefixes is None else prefixes(tasks[0]) for tasks in tasks_BS]
+    calls = iter(range(10**6))
+
+    def attend(module, query, key, value, mask, scaling=None, **kwargs):
+        layer = next(calls)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        prefix = [None if row is None else row[layer] for row in by_row]
+        return attention(query, key, value, visible_BSK, scaling, prefix), None
+
+    AttentionInterface.register("reference", attend)
+    AttentionMaskInterface.register("reference", lambda *args, **kwargs: None)
+    model.set_attn_implementation("reference")
+    return model(**inputs).logits
