@@ -143,6 +143,7 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     # Deprecations inside libraries say nothing to somebody who runs a command.
     warnings.simplefilter("ignore")
     errors = Console(stderr=True)

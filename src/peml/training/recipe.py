@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from transformers import TrainingArguments
@@ -235,6 +236,7 @@ class Recipe(Section):
             given.pop("max_steps")
         rate = named(self.method).adapter
         given.setdefault("learning_rate", 3e-4 if rate is None else rate.learning_rate)
+        given.setdefault("dataloader_pin_memory", torch.cuda.is_available())
         given.setdefault("save_strategy", "steps")
         given.setdefault("save_total_limit", 2)
         given |= {"output_dir": output_dir, "disable_tqdm": True, "remove_unused_columns": False}

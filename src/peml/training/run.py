@@ -86,6 +86,9 @@ def prepare(recipe: Recipe, *, training: bool = True) -> Workbench:
     train = {name: task.examples("train") for name, task in tasks.items()} if training else {}
     held_out = {name: task.examples("eval") for name, task in tasks.items()}
     tokenizer, model = load_base(recipe)
+    if not held_out or not all(held_out.values()):
+        empty = next((name for name, rows in held_out.items() if not rows), "?")
+        raise PemlError(f"task {empty!r} has no rows to evaluate on: give it some or leave it out")
     return Workbench(recipe, tokenizer, model, tasks, train, held_out)
 
 

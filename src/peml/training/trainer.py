@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peml.config import PemlConfig
 from peml.errors import PemlError
-from peml.mixing import MixtureSampler, Mixing
+from peml.mixing import Mixing, MixtureSampler
 from peml.training.data import TaskRows
 from peml.training.loss import LossMeter, answer_tokens, task_mean, token_loss_by_task
 
@@ -65,12 +66,16 @@ class MultiTaskTrainer(Trainer):
         self.mixing = mixing or Mixing()
         self.tuner: Any = model.base_model
         self.task_names = list(train_dataset.task_names)
-        assert self.task_names == self.tuner.config_in_force.task_names
+        config: PemlConfig = self.tuner.config_in_force
+        assert self.task_names == config.task_names
         self._rates = {"prompt": prompt_learning_rate, "architecture": architecture_learning_rate}
         self._weights = None if task_weights is None else torch.tensor([task_weights[n] for n in self.task_names])
         self._evaluate_tasks = evaluate_tasks
         self._meter = LossMeter(self.task_names)
         self._penalties: dict[str, Tensor] = {}
+        if evaluate_tasks is not None:
+            # Never read, since `evaluate` is overridden; without one transformers refuses an `eval_strategy`.
+            kwargs.setdefault("eval_dataset", train_dataset)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         # The loss is divided by the tokens of the whole step, so accumulation must not divide it again.
         self.loss_is_scaled_for_ga = True

@@ -1,0 +1,5 @@
+"""`python -m peml`."""
+
+from peml.cli import main
+
+main()

@@ -1,0 +1,274 @@
+"""The trainer: its loss against a naive one, accumulation, groups, the search schedule, the run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from workshop import recipe, write_model, write_recipe
+
+from peml import MTLLoRA, PemlError
+from peml.inspection import inspect_folder
+from peml.mixing import Mixing
+from peml.tasks.encode import IGNORED
+from peml.training import RunFolder, load_recipe, open_run, train
+from peml.training.data import Collator
+from peml.training.loss import LossMeter, answer_tokens, task_mean, token_loss_by_task
+from peml.training.recipe import Recipe
+from peml.training.trainer import MultiTaskTrainer
+
+
+def naive_task_mean(logits: Tensor, labels: Tensor, tasks: list[int], weights: list[float]) -> Tensor:
+    """Token by token, in words: the weighted mean over tasks of the mean loss of their answer tokens."""
+    by_task: dict[int, list[Tensor]] = {}
+    for b, task in enumerate(tasks):
+        for s in range(labels.shape[1] - 1):
+            target = int(labels[b, s + 1])
+            if target != IGNORED:
+                by_task.setdefault(task, []).append(-torch.log_softmax(logits[b, s], -1)[target])
+    total = sum(weights[t] * sum(losses) / len(losses) for t, losses in by_task.items())
+    return total / sum(weights[t] for t in by_task)  # type: ignore[return-value]
+
+
+def some_batch() -> tuple[Tensor, Tensor, list[int]]:
+    logits = torch.randn(5, 7, 11, requires_grad=True)
+    labels = torch.full((5, 7), IGNORED)
+    for row, length in enumerate((1, 3, 2, 6, 4)):
+        labels[row, -length:] = torch.randint(0, 11, (length,))
+    return logits, labels, [2, 0, 2, 0, 2]
+
+
+def test_the_loss_is_the_mean_over_tasks_present() -> None:
+    logits, labels, tasks = some_batch()
+    weights = [2.0, 5.0, 0.5]
+    loss = task_mean(
+        token_loss_by_task(logits, labels, tasks, 3), answer_tokens(labels, tasks, 3), torch.tensor(weights)
+    )
+    expected = naive_task_mean(logits, labels, tasks, weights)
+    torch.testing.assert_close(loss, expected)
+    (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected, logits)[0])
+
+
+def test_the_meter_gives_the_mean_token_loss_of_each_task_seen() -> None:
+    class OneProcess:
+        def reduce(self, tensor: Tensor, how: str) -> Tensor:
+            return tensor
+
+    meter = LossMeter(["a", "b", "c"])
+    meter.add(torch.tensor([2.0, 0.0, 1.0]), torch.tensor([4, 0, 1]))
+    meter.add(torch.tensor([4.0, 0.0, 0.0]), torch.tensor([2, 0, 0]))
+    assert meter.pop(OneProcess()) == {"a": 1.0, "c": 1.0}
+    assert meter.pop(OneProcess()) == {}
+
+
+def test_the_collator_pads_on_the_right_and_keeps_tasks_on_the_host() -> None:
+    batch = Collator(pad_token_id=9)(
+        [
+            {"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3], "tasks": 1},
+            {"input_ids": [4], "labels": [IGNORED], "tasks": 0},
+        ]
+    )
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 2, 3], [IGNORED] * 3]
+    assert batch["tasks"] == [1, 0]
+
+
+def run(folder: Path, name: str, **changes: Any) -> RunFolder:
+    data = recipe(folder, **changes)
+    if not (folder / "model").exists():
+        write_model(folder / "model")
+    return train(Recipe.model_validate(data), folder / name)
+
+
+def weights(folder: RunFolder) -> dict[str, Tensor]:
+    return load_file(folder.adapter / "adapter_model.safetensors")
+
+
+def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
+    arguments = recipe(tmp_path)["train"] | {"max_steps": 3, "optim": "sgd", "max_grad_norm": 0.0}
+    whole = run(tmp_path, "whole", method="mtl-lora", set={}, train=arguments)
+    parts = arguments | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    split = run(tmp_path, "split", method="mtl-lora", set={}, train=parts)
+    first, second = weights(whole), weights(split)
+    moved = max(float(v.abs().max()) for k, v in first.items() if k.endswith(".up"))
+    assert moved > 1e-4
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=1e-4, atol=1e-7, msg=key)
+
+
+def test_a_run_folder_holds_everything(tmp_path: Path) -> None:
+    folder = train(write_recipe(tmp_path), tmp_path / "run")
+    metrics = folder.read_metrics()
+    assert set(metrics["before"]) == set(metrics["after"]) == {"size", "color"}
+    assert metrics["steps"] == 12 and metrics["train_seconds"] > 0
+    assert metrics["architecture"]["derived"] and len(metrics["architecture"]["operations"]) == 2
+    assert metrics["learning_rates"] == {"adapter": 1e-2, "prompt": 1e-3, "architecture": 3e-3}
+    assert load_recipe(folder.recipe).config() == load_recipe(tmp_path / "recipe.yaml").config()
+    log = [json.loads(line) for line in folder.log.read_text().splitlines()]
+    assert {"loss/size", "loss/color", "penalty/cost", "learning_rate"} <= set(log[0])
+    assert not [p for p in folder.path.rglob(".*")], "nothing temporary is left"
+    bench, model = open_run(folder.path)
+    again = bench.evaluate(model)
+    assert again == metrics["after"]
+
+
+def test_losses_fall_and_the_tasks_are_learned(tmp_path: Path) -> None:
+    arguments = recipe(tmp_path)["train"] | {"max_steps": 150, "architecture_learning_rate": 0.05}
+    folder = run(tmp_path, "run", train=arguments | {"prompt_learning_rate": 1e-2})
+    metrics = folder.read_metrics()
+    for losses in metrics["train_loss"].values():
+        assert losses["last"] < 0.5 * losses["first"]
+    assert metrics["after"]["size"]["accuracy"] > 0.9 and metrics["after"]["color"]["exact_match"] > 0.9
+
+
+def test_the_architecture_rests_during_warm_up_and_is_derived_before_the_end(tmp_path: Path) -> None:
+    seen: list[tuple[float, bool, float]] = []
+    original = MultiTaskTrainer.training_step
+
+    def spy(self: MultiTaskTrainer, *args: Any, **kwargs: Any) -> Any:
+        prompt = self.tuner.prompt
+        seen.append((float(prompt.progress), prompt.searching, float(prompt.alpha.detach().sum())))
+        return original(self, *args, **kwargs)
+
+    arguments = recipe(tmp_path)["train"] | {"max_steps": 20}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MultiTaskTrainer, "training_step", spy)
+        run(tmp_path, "run", train=arguments)
+    progress, searching, alpha = zip(*seen, strict=True)
+    assert list(searching) == [True] * 18 + [False] * 2
+    assert progress[9] == pytest.approx(0.5) and progress[-1] == 1.0
+    assert len(set(alpha[:4])) == 1, "still during the first 15 %"
+    assert len(set(alpha[4:18])) > 5 and len(set(alpha[18:])) == 1
+
+
+def test_parameters_fall_into_groups_with_their_own_rates(tmp_path: Path) -> None:
+    kept: list[Any] = []
+    original = MultiTaskTrainer.create_optimizer
+
+    def spy(self: MultiTaskTrainer, model: Any = None) -> Any:
+        optimizer = original(self, model)
+        kept.append([(g["name"], g["lr"], g["weight_decay"], g["params"]) for g in optimizer.param_groups])
+        trained = {id(p) for p in self.model.parameters() if p.requires_grad}
+        assert {id(p) for g in optimizer.param_groups for p in g["params"]} == trained
+        return optimizer
+
+    arguments = recipe(tmp_path)["train"] | {"max_steps": 1, "weight_decay": 0.1, "architecture_learning_rate": 0.5}
+    settings = {k: v for k, v in recipe(tmp_path)["set"].items() if k != "adapter.r"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MultiTaskTrainer, "create_optimizer", spy)
+        run(tmp_path, "run", method="peml+mtl", set=settings, train=arguments)
+    groups = {name: (lr, decay) for name, lr, decay, _ in kept[0]}
+    assert groups == {
+        "adapter": (1e-2, 0.1),
+        "adapter per task": (1e-2, 0.0),
+        "prompt": (1e-3, 0.1),
+        "architecture": (0.5, 0.0),
+    }
+    stacked = next(params for name, *_, params in kept[0] if name == "adapter per task")
+    assert all(p.shape[0] == 2 for p in stacked) and len(stacked) == 2 * 2 * 7
+    assert MTLLoRA().needs_task
+
+
+def test_the_best_checkpoint_can_be_chosen_by_the_average_over_tasks(tmp_path: Path) -> None:
+    arguments = recipe(tmp_path)["train"] | {
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "save_steps": 4,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_average",
+    }
+    folder = run(tmp_path, "run", method="lora", set={}, train=arguments)
+    log = [json.loads(line) for line in folder.log.read_text().splitlines()]
+    averages = [entry["eval_average"] for entry in log if "eval_average" in entry]
+    assert len(averages) == 3 and {"eval_size/accuracy", "eval_color/exact_match"} <= set(log[-2]) | set(log[-1])
+    assert folder.read_metrics()["average"]["after"] == pytest.approx(max(averages))
+
+
+def test_runs_are_never_mixed(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, method="lora", set={}, evaluate_before=False)
+    train(path, tmp_path / "run")
+    with pytest.raises(PemlError, match=r"run already holds files: add --resume, --overwrite, or another --output"):
+        train(path, tmp_path / "run")
+    train(path, tmp_path / "run", overwrite=True)
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / "thesis.txt").write_text("all my work")
+    with pytest.raises(PemlError, match="holds no run of peml: it is not overwritten"):
+        train(path, other, overwrite=True)
+    assert (other / "thesis.txt").exists()
+
+
+def test_bad_rows_stop_before_anything_is_written(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"text": "big cat", "color": "red"}\n')
+    with pytest.raises(PemlError, match=r"train.jsonl:61: task 'size': .*'big'"):
+        train(path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "/nowhere/model"}, "model: /nowhere/model is not a model folder"),
+        ({"model": "nobody/nothing"}, "model: nobody/nothing could not be loaded"),
+        ({"train": {"max_length": 3}}, r"train.jsonl:\d+.*max_length"),
+    ],
+)
+def test_bad_models_and_lengths_stop_before_anything_is_written(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PemlError, match=message):
+        train(write_recipe(tmp_path, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_on_a_base_of_another_shape_is_refused(tmp_path: Path) -> None:
+    folder = train(write_recipe(tmp_path), tmp_path / "run")
+    for file in (tmp_path / "model").iterdir():
+        file.unlink()
+    write_model(tmp_path / "model", hidden=32)
+    with pytest.raises(PemlError, match="trained on another base model"):
+        open_run(folder.path)
+
+
+def test_folders_without_a_run_say_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(PemlError, match="is not a folder"):
+        open_run(tmp_path / "none")
+    with pytest.raises(PemlError, match=r"holds no finished run: recipe.yaml is missing"):
+        open_run(tmp_path)
+    with pytest.raises(PemlError, match="holds no adapter"):
+        inspect_folder(tmp_path)
+
+
+def test_homogeneous_batches_hold_one_task(tmp_path: Path) -> None:
+    seen: list[set[int]] = []
+    original = MultiTaskTrainer.compute_loss
+
+    def spy(self: MultiTaskTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        seen.append(set(inputs["tasks"]))
+        return original(self, model, inputs, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MultiTaskTrainer, "compute_loss", spy)
+        run(tmp_path, "one", method="lora", set={}, mixing={"batches": "homogeneous"})
+        assert all(len(tasks) == 1 for tasks in seen) and len(set.union(*seen)) == 2
+        seen.clear()
+        run(tmp_path, "all", method="lora", set={})
+        assert any(len(tasks) == 2 for tasks in seen)
+    assert Mixing().batches == "mixed"
+
+
+def test_checkpointed_activations_train_to_the_same_weights(tmp_path: Path) -> None:
+    arguments = recipe(tmp_path)["train"]
+    plain = weights(run(tmp_path, "plain", train=arguments))
+    checkpointed = weights(run(tmp_path, "less", train=arguments | {"activation_checkpointing": True}))
+    for key, value in plain.items():
+        assert torch.equal(checkpointed[key], value), key
