@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from workshop import recipe, write_recipe
 
 from peml import LoRA, PemlError, PrefixNAS
 from peml.training import load_recipe
 from peml.training.recipe import Recipe
+from workshop import recipe, write_recipe
 
 PROJECT = Path(__file__).parents[1]
 
@@ -64,7 +64,10 @@ def task(index: int = 0, drop: str | None = None, **changes: Any) -> Callable[[d
         (change(methods="peml"), r"unknown key methods; did you mean method\?; allowed are model, "),
         (change(lora_rank=8), r"lora_rank is called `set: \{adapter.r: ...\}` here"),
         (change(model_name_or_path="x"), r"model_name_or_path is called `model` here"),
-        (change(train={"learning_rat": 1}), r"train.learning_rat is not a training argument; did you mean learning_rate"),
+        (
+            change(train={"learning_rat": 1}),
+            r"train.learning_rat is not a training argument; did you mean learning_rate",
+        ),
         (change(train={"max_length": "long"}), r"train.max_length must be int, not 'long'"),
         (change(train={"lr_scheduler_type": "wavy"}), r"train: .*wavy"),
         (change(train={"finetune_fraction": 1.5}), r"train.finetune_fraction must be in \[0, 1\), not 1.5"),

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from workshop import recipe, write_recipe
 
 from peml.training import RunFolder, train
+from workshop import recipe, write_recipe
 
 STEPS = 40
 
@@ -44,7 +44,12 @@ def logged(folder: RunFolder) -> int:
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, method: str) -> None:
     base = recipe(tmp_path)
     settings = {key: value for key, value in base["set"].items() if key != "adapter.r"}
-    arguments = base["train"] | {"max_steps": STEPS, "save_steps": 3, "logging_steps": 1, "architecture_learning_rate": 0.05}
+    arguments = base["train"] | {
+        "max_steps": STEPS,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "architecture_learning_rate": 0.05,
+    }
     path = write_recipe(tmp_path, method=method, set=settings, train=arguments, evaluate_before=False)
     straight = train(path, tmp_path / "straight")
     torch.set_num_threads(torch.get_num_threads())

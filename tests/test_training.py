@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from workshop import recipe, write_model, write_recipe
 
 from peml import MTLLoRA, PemlError
 from peml.inspection import inspect_folder
@@ -21,6 +20,7 @@ from peml.training.data import Collator
 from peml.training.loss import LossMeter, answer_tokens, task_mean, token_loss_by_task
 from peml.training.recipe import Recipe
 from peml.training.trainer import MultiTaskTrainer
+from workshop import recipe, write_model, write_recipe
 
 
 def naive_task_mean(logits: Tensor, labels: Tensor, tasks: list[int], weights: list[float]) -> Tensor:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import TASKS, adapt, tiny
 from peft import PeftModel
 
 import peml
+from models import TASKS, adapt, tiny
 from peml import PemlModel
 
 Adjust = Callable[[PemlModel], None]

@@ -4,14 +4,14 @@ import dataclasses
 import math
 
 import pytest
-import references
 import torch
 from cases import CASES, FEW, SMALL_ADAPTERS, SMALL_PROMPTS, Case, cases
-from models import FAMILIES, TASKS, adapt, assert_same, gradients, probe_loss, tiny, tokens
 from peft import PeftModel
 from torch import Tensor
 
 import peml
+import references
+from models import FAMILIES, TASKS, adapt, assert_same, gradients, probe_loss, tiny, tokens
 from peml.bank import BankLinear
 
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from cases import CASES, FEW, Case, cases, few_cases
-from models import DECODERS, adapt, tiny, tokens
 from peft import PeftModel
 from torch import Tensor
 
 import peml
+from models import DECODERS, adapt, tiny, tokens
 
 NEW = 4
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from cases import CASES, FEW, Case, cases, few_cases
-from models import DECODERS, FAMILIES, adapt, assert_same, gradients, tiny, tokens
 from transformers import BertConfig, LlamaConfig, LlamaForSequenceClassification
 
 import peml
+from models import DECODERS, FAMILIES, adapt, assert_same, gradients, tiny, tokens
 
 PAIRS = [("llama", case) for case in CASES] + [(f, case) for f in FAMILIES if f != "llama" for case in FEW]
 pairs = pytest.mark.parametrize("family, case", PAIRS, ids=lambda value: getattr(value, "name", value))

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from cases import CASES, FEW, Case, cases, few_cases
-from models import FAMILIES, TASKS, adapt, assert_same, gradients, probe_loss, tiny, tokens
 from peft import PeftModel, get_peft_model
 
 import peml
+from models import FAMILIES, TASKS, adapt, assert_same, gradients, probe_loss, tiny, tokens
 from peml.bank import BankLinear
 
 KINDS = {"non-reentrant": None, "reentrant": {"use_reentrant": True}}

@@ -36,7 +36,7 @@ class RunFolder:
         run = cls(path)
         if not run.path.is_dir():
             raise PemlError(f"{run.path} is not a folder: give the folder that `peml train` wrote")
-        for part in (run.recipe, run.adapter / "adapter_config.json"):
+        for part in (run.recipe, run.adapter):
             if not part.exists():
                 unfinished = "; the run was interrupted, continue it with --resume" if run.checkpoints.exists() else ""
                 raise PemlError(

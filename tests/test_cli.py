@@ -1,0 +1,112 @@
+"""The command line as a person uses it: what it prints, its exit codes, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from peml.cli import main
+from peml.training import RunFolder
+from workshop import recipe, write_recipe
+
+
+@pytest.fixture
+def peml(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> object:
+    """Run `peml ARGS`; returns exit code, output and errors."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peml", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "160")
+        with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context():
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_a_run_is_trained_inspected_and_measured(peml, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run = tmp_path / "run"
+    code, out, _ = peml("train", write_recipe(tmp_path), "--output", run)
+    assert code == 0
+    assert all(word in out for word in ("size", "color", "exact_match", "before", "after", "trained parameters"))
+
+    code, out, _ = peml("inspect", run)
+    assert code == 0
+    for word in ("size, color", "LoRA  r 2", "PrefixNAS", "cells", "layer  0", "parameters", "export to"):
+        assert word in out, word
+    assert "merged checkpoint: a learned prefix does not fold" in out and "stock LoRA adapter: one for all" in out
+
+    code, out, _ = peml("evaluate", run, "--ablate", "prompt, adapter")
+    assert code == 0 and "without prompt" in out and "without adapter" in out
+    assert (run / "evaluation.json").exists()
+    after = RunFolder(run).read_metrics()["average"]["after"]
+    assert f"{after:.3f}" in out
+
+    code, out, _ = peml("inspect", run / "adapter")
+    assert code == 0 and "size, color" in out
+
+
+def test_an_adapter_routed_by_task_is_inspected(peml, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    changes = {"method": "mtl-lora", "set": {}, "evaluate_before": False}
+    code, _, _ = peml("train", write_recipe(tmp_path, **changes), "--output", tmp_path / "run")
+    assert code == 0
+    _, out, _ = peml("inspect", tmp_path / "run")
+    assert "one per task: select_task" in out and "there is no prefix" in out
+
+
+def test_lists(peml) -> None:  # type: ignore[no-untyped-def]
+    _, out, _ = peml("methods")
+    assert all(name in out for name in ("lora", "mtl-lora", "lora+prefix", "peml"))
+    _, out, _ = peml("tasks")
+    assert "glue/rte" in out and "toy/" in out
+    _, out, _ = peml("tasks", "glue")
+    assert "glue/rte" in out and "toy/" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "none.yaml"], "there is no recipe none.yaml"),
+        (["tasks", "gleu"], "did you mean 'glue'"),
+        (["evaluate", "nowhere"], "nowhere is not a folder"),
+        (["inspect", "nowhere"], "nowhere holds no adapter"),
+        (["evaluate", "nowhere", "--ablate", "prefix"], "--ablate takes prompt and adapter, not 'prefix'"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_code_2(peml, arguments: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
+    code, _, errors = peml(*arguments)
+    assert code == 2
+    assert message in errors and "Traceback" not in errors
+    assert len(errors.strip().split("\n")) == 1
+
+
+def test_a_wrong_recipe_leaves_no_folder(peml, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    path = write_recipe(tmp_path, method="pmel")
+    code, _, errors = peml("train", path, "--output", tmp_path / "run")
+    assert code == 2 and "did you mean peml" in errors and str(path) in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_usage_errors_have_code_2(peml) -> None:  # type: ignore[no-untyped-def]
+    code, _, errors = peml("train")
+    assert code == 2 and "Missing argument" in errors
+    code, _, errors = peml("trian")
+    assert code == 2 and "No such command" in errors
+
+
+def test_a_damaged_adapter_is_named(peml, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    arguments = recipe(tmp_path)["train"] | {"max_steps": 2}
+    path = write_recipe(tmp_path, evaluate_before=False, train=arguments)
+    peml("train", path, "--output", tmp_path / "run")
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    for command in ("inspect", "evaluate"):
+        code, _, errors = peml(command, tmp_path / "run")
+        assert code == 2 and "adapter" in errors, command
+    weights.unlink()
+    for command in ("inspect", "evaluate"):
+        code, _, errors = peml(command, tmp_path / "run")
+        assert code == 2 and "adapter_model.safetensors" in errors, command
