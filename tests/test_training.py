@@ -242,7 +242,7 @@ def test_an_adapter_on_a_base_of_another_shape_is_refused(tmp_path: Path) -> Non
 def test_folders_without_a_run_say_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(PemlError, match="is not a folder"):
         open_run(tmp_path / "none")
-    with pytest.raises(PemlError, match=r"holds no finished run: recipe.yaml is missing"):
+    with pytest.raises(PemlError, match=r"holds no finished run: there is no recipe.yaml in it"):
         open_run(tmp_path)
     with pytest.raises(PemlError, match="holds no adapter"):
         inspect_folder(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,14 @@ from peft import PeftConfig
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from peml.config import PemlConfig, part_to_dict
 from peml.errors import PemlError
 from peml.export import Target, export_targets
 from peml.prompts import Architecture, PrefixNAS, PrefixTuning
+from peml.training.folder import check_adapter
 
-WEIGHTS = "adapter_model.safetensors"
 _PROMPT = "base_model.model.prompt_host.peml_prompt."
 _BUFFERS = {"choice", "kept", "progress"}
 _ARCHITECTURE = {"alpha", "token_gate", "layer_gate"}
@@ -57,27 +58,18 @@ def inspect_folder(path: str | Path) -> Inspection:
         PemlError: there is no PEML adapter in it.
     """
     path = Path(path)
-    folder = path / "adapter" if (path / "adapter" / "adapter_config.json").exists() else path
-    weights = folder / WEIGHTS
-    for needed in (folder / "adapter_config.json", weights):
-        if not needed.exists():
-            raise PemlError(f"{path} holds no adapter: there is no {needed.name} in it or in its folder adapter")
+    folder = path / "adapter" if (path / "adapter").is_dir() else path
+    weights = check_adapter(folder)
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, PemlConfig):
         raise PemlError(f"{folder} holds a {config.peft_type} adapter, not one of peml")
-    try:
-        with safe_open(str(weights), framework="pt") as tensors:
-            parameters = Counter[str]()
-            for key in tensors.keys():  # noqa: SIM118  (not a mapping)
-                part = _part(key)
-                if part is not None:
-                    size = 1
-                    for n in tensors.get_slice(key).get_shape():
-                        size *= n
-                    parameters[part] += size
-            architecture = _architecture(config, tensors)
-    except SafetensorError as error:
-        raise PemlError(f"{weights} is damaged ({error}): train or copy the adapter again") from error
+    parameters = Counter[str]()
+    with safe_open(str(weights), framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118  (not a mapping)
+            part = _part(key)
+            if part is not None:
+                parameters[part] += math.prod(tensors.get_slice(key).get_shape())
+        architecture = _architecture(config, tensors)
     lengths = architecture.lengths if architecture else _table_lengths(config)
     metrics_file = path / "metrics.json"
     metrics = json.loads(metrics_file.read_text(encoding="utf-8")) if metrics_file.exists() else {}

@@ -57,7 +57,12 @@ class PemlModel(BaseTuner):
         if config.adapter is None:
             config.target_modules = DUMMY_TARGET_MODULES
         host = self._prompt_host()
-        fresh = attention.install(model) if config.prompt is not None and host is None else None
+        fresh = None
+        if config.prompt is not None and host is None:
+            # Adapters that are there already want a task for the probe; any will do.
+            any_task = Forward(Route(torch.tensor([0]), (0,)), {}, model=model, adapter=self.adapter_in_force)
+            with routing.opened(any_task):
+                fresh = attention.install(model)
         try:
             # Before any layer is touched: a model that cannot take this prefix is refused whole.
             if config.prompt is not None:

@@ -9,7 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from peml.errors import PemlError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""PEFT's names of the two files that make an adapter."""
 
 
 class RunFolder:
@@ -38,10 +43,9 @@ class RunFolder:
             raise PemlError(f"{run.path} is not a folder: give the folder that `peml train` wrote")
         for part in (run.recipe, run.adapter):
             if not part.exists():
-                unfinished = "; the run was interrupted, continue it with --resume" if run.checkpoints.exists() else ""
-                raise PemlError(
-                    f"{run.path} holds no finished run: {part.relative_to(run.path)} is missing{unfinished}"
-                )
+                unfinished = "; it was interrupted, continue it with --resume" if run.checkpoints.exists() else ""
+                raise PemlError(f"{run.path} holds no finished run: there is no {part.name} in it{unfinished}")
+        check_adapter(run.adapter)
         return run
 
     def create(self, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -98,6 +102,22 @@ class RunFolder:
             except json.JSONDecodeError:  # the line that was being written when the run was killed
                 continue
         write_text(self.log, "".join(line + "\n" for line in kept))
+
+
+def check_adapter(folder: Path) -> Path:
+    """The weights in an adapter's folder.
+
+    Raises:
+        PemlError: configuration or weights are missing or damaged.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise PemlError(f"{folder} holds no adapter: there is no {name} in it")
+    try:
+        with safe_open(str(folder / WEIGHTS), framework="pt"):
+            return folder / WEIGHTS
+    except SafetensorError as error:
+        raise PemlError(f"{folder / WEIGHTS} is damaged ({error}): train or copy the adapter again") from None
 
 
 def _complete(checkpoint: Path) -> bool:
