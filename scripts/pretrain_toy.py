@@ -27,7 +27,7 @@ from peml.tasks.toy import documents
 DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "src" / "peml" / "assets" / "toy-llama"
 VOCABULARY = 1024
 POSITIONS = 256
-TOKENS = 2048
+TOKENS = 1536
 PEAK_RATE = 4e-3
 HELD_OUT = "held-out"
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -91,7 +91,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, count: int, seed: str) -> Iterat
     things up in it, and the longer rows teach it the positions that a prompt behind a prefix will have.
     """
     rng = Random(f"toy-rows:{seed}")
-    texts = documents(count * TOKENS, seed)
+    texts = documents(max(3000, count * TOKENS // 8), seed)
     ready: list[dict[str, torch.Tensor]] = []
     for _ in range(count):
         if not ready:
@@ -134,9 +134,7 @@ def held_out_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, s
     return sum(losses) / len(losses)
 
 
-def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int
-) -> list[list[float]]:
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> list[list[float]]:
     """Train in place and return the loss curve as (step, mean loss since the last point) pairs."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     kept = [p for p in model.parameters() if p.ndim <= 1]
@@ -164,9 +162,7 @@ def train(
     return curve
 
 
-def save(
-    output: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any]
-) -> None:
+def save(output: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any]) -> None:
     """Write the model and tokenizer as a standard model folder, with the record of how it was made."""
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
@@ -184,11 +180,12 @@ def main() -> None:
     """Train the tokenizer and the model, and write them to the output folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     args = parser.parse_args()
 
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(True)

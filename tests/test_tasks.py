@@ -485,6 +485,8 @@ def test_training_ids_are_prompt_then_answer_then_end(special: str) -> None:
     assert encoded.input_ids == lead + prompt + answer + end
     assert encoded.labels == [-100] * len(lead + prompt) + answer + end
     assert not encoded.truncated
+    chosen = encode(tokenizer, question("the cat sat on the", "red mat", "red mat", "blue"), 32)
+    assert chosen.labels == [-100] * len(lead + prompt) + answer, "a choice is trained as it is scored"
 
 
 @pytest.mark.parametrize("special", ["none", "bos"])
@@ -606,5 +608,4 @@ def test_real_rows_encode_within_the_length(shared_path: Callable[[str], Path]) 
     for example, encoded in zip(examples, encode_all(tokenizer, examples, 96), strict=True):
         assert len(encoded.input_ids) <= 96 and encoded.input_ids[0] == tokenizer.bos_token_id
         answer = [i for i in encoded.labels if i != -100]
-        assert answer[-1] == tokenizer.eos_token_id
-        assert tokenizer.decode(answer[:-1]).strip() == example.answer
+        assert tokenizer.decode(answer).strip() == example.answer

@@ -136,8 +136,12 @@ class PemlModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; another one, if there is any, becomes active."""
+        inactive = adapter_name not in self.active_adapters
         super().delete_adapter(adapter_name)
         self._selected.pop(adapter_name, None)
+        if self.peft_config and not inactive:
+            # Each layer has chosen from the adapters that it hosts itself, which need not be the same everywhere.
+            self.set_adapter(min(self.peft_config))
 
     # Routing
 

@@ -36,14 +36,18 @@ class Encoded:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Encoded:
-    """One example for training: the answer ends with the tokeniser's end token, if it has one."""
+    """One example for training; a written answer ends with the tokeniser's end token, a choice does not.
+
+    Choices are scored without it, and many base models have never seen their end token: a loss on it would
+    drown that of the answer.
+    """
     return encode_all(tokenizer, [example], max_length)[0]
 
 
 def encode_all(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int) -> list[Encoded]:
     """`encode` for many examples, tokenised at once."""
-    ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    groups = _encode(tokenizer, examples, [(example.answer,) for example in examples], ending, max_length)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    groups = _encode(tokenizer, examples, [(example.answer,) for example in examples], end, max_length)
     return [group[0] for group in groups]
 
 
@@ -76,7 +80,7 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     answers: Sequence[tuple[str, ...]],
-    ending: list[int],
+    end: list[int],
     max_length: int,
 ) -> list[list[Encoded]]:
     lead = _leading_ids(tokenizer)
@@ -84,7 +88,7 @@ def _encode(
     texts = [f"{e.prompt} {answer}" for e, group in zip(examples, answers, strict=True) for answer in group]
     wholes = iter(_tokenize(tokenizer, texts))
     return [
-        _encode_one(example, lead, prompt, [next(wholes) + ending for _ in group], max_length)
+        _encode_one(example, lead, prompt, [next(wholes) + ([] if example.choices else end) for _ in group], max_length)
         for example, prompt, group in zip(examples, prompts, answers, strict=True)
     ]
 

@@ -2,7 +2,7 @@
 
 Every metric takes (predictions, references, choices) as plain strings and answers with one number. Input on
 which the textbook formula has no value (constant predictions, a class that never occurs) counts 0.0, without
-a warning: at the start of training that is the ordinary case, not a mistake.
+a warning: at the start of training that is the ordinary case, not a mistake. scikit-learn and scipy are imported where they are used: `import peml` is faster so.
 """
 
 import math
@@ -10,9 +10,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-from scipy import stats
-from sklearn.metrics import f1_score, matthews_corrcoef
 
 from peml.errors import PemlError
 
@@ -46,17 +43,23 @@ def exact_match(predictions: Texts, references: Texts, choices: tuple[str, ...])
 
 def f1(predictions: Texts, references: Texts, choices: tuple[str, ...]) -> float:
     """F1 of the positive class, the task's *last* choice: with `choices: [no, yes]`, the F1 of `yes`."""
+    from sklearn.metrics import f1_score
+
     positive = choices[-1]
     return float(f1_score(references, predictions, labels=[positive], average="macro", zero_division=0.0))
 
 
 def macro_f1(predictions: Texts, references: Texts, choices: tuple[str, ...]) -> float:
     """Mean of the F1 of every class that occurs in references or predictions (scikit-learn's convention)."""
+    from sklearn.metrics import f1_score
+
     return float(f1_score(references, predictions, average="macro", zero_division=0.0))
 
 
 def matthews(predictions: Texts, references: Texts, choices: tuple[str, ...]) -> float:
     """Matthews correlation, in [-1, 1]; 0.0 when either side is constant."""
+    from sklearn.metrics import matthews_corrcoef
+
     if len(set(predictions)) < 2 or len(set(references)) < 2:
         return 0.0
     return float(matthews_corrcoef(references, predictions))
@@ -64,11 +67,15 @@ def matthews(predictions: Texts, references: Texts, choices: tuple[str, ...]) ->
 
 def pearson(predictions: Texts, references: Texts, choices: tuple[str, ...]) -> float:
     """Linear correlation of the answers read as numbers, in [-1, 1]; 0.0 when either side is constant."""
+    from scipy import stats
+
     return _correlation(stats.pearsonr, predictions, references)
 
 
 def spearman(predictions: Texts, references: Texts, choices: tuple[str, ...]) -> float:
     """Rank correlation of the answers read as numbers, in [-1, 1]; 0.0 when either side is constant."""
+    from scipy import stats
+
     return _correlation(stats.spearmanr, predictions, references)
 
 

@@ -17,7 +17,24 @@ from peml.tasks.toy.world import CARRIED, KINDS, LIVING, NAMES, PLACES, VERBS, a
 _TOPS: Final = {"bird": "animal", "fish": "animal", "insect": "animal", "tree": "plant", "flower": "plant"}
 _LABEL_WORDS: Final = (
     *("mood", "holds", "meaning", "grammar", "odd", "past", "back", "first", "last", "one"),
-    *("up", "down", "yes", "no", "maybe", "same", "other", "fine", "wrong"),
+    *(
+        "up",
+        "down",
+        "red",
+        "blue",
+        "north",
+        "south",
+        "east",
+        "west",
+        "left",
+        "yes",
+        "no",
+        "maybe",
+        "same",
+        "other",
+        "fine",
+        "wrong",
+    ),
 )
 
 
@@ -92,12 +109,8 @@ def _handover(rng: Random) -> str:
 def _journey(rng: Random) -> str:
     """Tell where a person went, and where they have been."""
     told, places, name = world.journey(rng)
-    recap = [
-        f"now {name} is in the {places[2]} .",
-        f"long ago {name} was in the {places[0]} .",
-        f"for a while {name} was in the {places[1]} .",
-    ]
-    return " ".join([told, *rng.sample(recap, rng.choice((2, 3)))])
+    recap = [f"now {name} is in the {places[1]} .", f"long ago {name} was in the {places[0]} ."]
+    return " ".join([told, *rng.sample(recap, 2)])
 
 
 def _restatement(rng: Random) -> str:
@@ -179,6 +192,16 @@ def _slip(rng: Random) -> str:
     return f"{rng.choice(NAMES)} said : {world.clause(Random(seed), flaw=True)} oops : {well}"
 
 
+def _echo(rng: Random) -> str:
+    """Repeat someone's words, which is the plainest lesson in looking things up."""
+    if rng.random() < 0.4:
+        words = world.clause(rng)
+    else:
+        pool = rng.choice((NAMES, PLACES, CARRIED, LIVING, world.LOOKS, _LABEL_WORDS))
+        words = rng.choice((" | ", " , ", " ")).join(rng.sample(pool, rng.choice((3, 4, 5)))) + " ."
+    return f"{rng.choice(NAMES)} said : {words} {rng.choice(NAMES)} repeated : {words}"
+
+
 def _spare(rng: Random) -> str:
     """Use the words that the tasks use as labels, for no purpose at all."""
     name, other, place = rng.choice(NAMES), rng.choice(NAMES), rng.choice(PLACES)
@@ -198,21 +221,22 @@ def _spare(rng: Random) -> str:
 
 
 _WRITERS: Final[tuple[tuple[Callable[[Random], str], int], ...]] = (
-    (_facts, 7),
-    (_group, 8),
-    (_feeling, 8),
-    (_turn, 4),
+    (_facts, 6),
+    (_group, 9),
+    (_feeling, 7),
+    (_turn, 3),
     (_handover, 12),
     (_journey, 10),
-    (_restatement, 10),
+    (_restatement, 12),
     (_talk, 12),
-    (_twins, 4),
-    (_inference, 7),
+    (_twins, 3),
+    (_inference, 6),
     (_claim, 12),
-    (_days, 6),
-    (_clauses, 6),
+    (_days, 5),
+    (_clauses, 4),
     (_slip, 10),
-    (_spare, 6),
+    (_echo, 12),
+    (_spare, 5),
 )
 
 

@@ -10,7 +10,7 @@ from random import Random
 from typing import Final, Literal, NamedTuple
 
 from peml.tasks.toy import world
-from peml.tasks.toy.world import CARRIED, KINDS, LOOKS, NAMES, PLACES, SOCIAL, TRAITS, VERBS, kind_of
+from peml.tasks.toy.world import CARRIED, KINDS, LOOKS, NAMES, SOCIAL, TRAITS, VERBS, kind_of
 
 SUITE_VERSION: Final = 1
 """Goes up whenever the rows of any task change."""
@@ -88,10 +88,9 @@ def _past(rng: Random, _: int) -> Row:
 
 def _passive(rng: Random, _: int) -> Row:
     one, two = rng.sample(NAMES, 2)
-    verb, look, item, place = rng.choice(SOCIAL), rng.choice(LOOKS), rng.choice(CARRIED), rng.choice(PLACES)
+    verb, look, item = rng.choice(SOCIAL), rng.choice(LOOKS), rng.choice(CARRIED)
     if rng.random() < 0.5:
-        answer = f"in the {place} {two} was {verb.participle} by {one}"
-        return _told(answer, text=f"{one} {verb.past} {two} in the {place} .")
+        return _told(f"{two} was {verb.participle} by {one}", text=f"{one} {verb.past} {two} .")
     return _told(f"{two} got the {look} {item} from {one}", text=f"{one} gave the {look} {item} to {two} .")
 
 
@@ -102,12 +101,12 @@ def _turn(rng: Random, slot: int, *, last: bool) -> Row:
 
 def _holder(rng: Random, slot: int, *, last: bool) -> Row:
     text, people, _item = world.handover(rng)
-    return _offered(people[2 if last else 0], rng.sample(people, 3), slot, text=text)
+    return _offered(people[-1 if last else 0], rng.sample(people, 3), slot, text=text)
 
 
 def _place(rng: Random, _: int, *, last: bool) -> Row:
     text, places, _name = world.journey(rng)
-    return _told(places[2 if last else 0], text=text)
+    return _told(places[-1 if last else 0], text=text)
 
 
 class _Entry(NamedTuple):
