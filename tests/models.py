@@ -122,4 +122,6 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor], atol: float =
     """Two sets of gradients are equal."""
     assert left.keys() == right.keys()
     for name in left:
-        torch.testing.assert_close(left[name], right[name], rtol=1e-9, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            left[name], right[name], rtol=1e-9, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+        )

@@ -1,13 +1,13 @@
 """The kernel and its host layer against ordinary autograd, for every kind of core, and the paper's counts."""
 
 import pytest
-import references
 import torch
-from models import TASKS, adapt, shake, tiny, tokens
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peml
+import references
+from models import TASKS, adapt, shake, tiny, tokens
 from peml import PemlError, routing
 from peml.bank import BankLinear, low_rank, low_rank_reference
 from peml.routing import Forward, Route
@@ -70,7 +70,7 @@ def test_a_second_derivative_is_refused_not_wrong() -> None:
     tensors = operands((), (2, 3))
     tensors[0].requires_grad_()
     (gradient,) = torch.autograd.grad(low_rank(*tensors).square().sum(), tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         gradient.sum().backward()
 
 
@@ -105,7 +105,9 @@ def bank(linear: nn.Module, config, tasks=TASKS) -> BankLinear:
     return layer
 
 
-@pytest.mark.parametrize("config", [peml.LoRA(r=3, use_rslora=True), peml.MTLLoRA(r=3, lambda_kind="diag"), peml.MTLLoRA(r=2)])
+@pytest.mark.parametrize(
+    "config", [peml.LoRA(r=3, use_rslora=True), peml.MTLLoRA(r=3, lambda_kind="diag"), peml.MTLLoRA(r=2)]
+)
 @pytest.mark.parametrize("linear", [lambda: nn.Linear(7, 5), lambda: nn.Linear(7, 5, bias=False), lambda: Conv1D(5, 7)])
 def test_a_layer_equals_its_equation(config, linear) -> None:
     """For rows of tokens and for rows alone; the weight update too."""
@@ -165,12 +167,19 @@ def test_other_linear_layers_compute_their_own_output() -> None:
         layer.merge()
 
 
-def test_a_hooked_linear_keeps_its_hook() -> None:
+@pytest.mark.parametrize("how", ["after", "before", "replaced"])
+def test_a_hooked_linear_keeps_its_hook(how: str) -> None:
+    """`accelerate` replaces the forward of layers whose weights it keeps elsewhere."""
     layer = bank(nn.Linear(7, 5), peml.LoRA(r=2))
-    x = torch.randn(2, 7)
-    before = layer(x)
-    layer.base_layer.register_forward_hook(lambda module, args, output: output + 1)
-    torch.testing.assert_close(layer(x), before + 1)
+    x, linear = torch.randn(2, 7), layer.base_layer
+    plain, before = linear(x), layer(x)
+    if how == "after":
+        linear.register_forward_hook(lambda module, args, output: output + 1)
+    elif how == "before":
+        linear.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    else:
+        linear.forward = lambda x: plain + 1
+    torch.testing.assert_close(layer(x), before - plain + linear(x))
 
 
 def test_a_base_layer_in_training_gets_its_gradient() -> None:

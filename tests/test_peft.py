@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 import transformers
-from models import adapt, llama, tiny, tokens
 from peft import PeftType
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -20,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import peml
+from models import adapt, llama, tiny, tokens
 from peml import PemlConfig, PemlModel
 from peml import _peft as registration
 
@@ -107,10 +107,10 @@ def test_adapter_names_leave_the_right_part_of_a_key() -> None:
     assert remove("a.other.weight", "other") == "a.other.weight"
 
 
-@pytest.mark.parametrize("name", ["up", "keys", "default.1", "0", "cells"])
+@pytest.mark.parametrize("name", ["up", "seed", "0", "cells"])
+@torch.no_grad()
 def test_awkward_adapter_names_survive(name: str, tmp_path) -> None:
-    if "." in name:
-        pytest.skip("torch refuses a dot in the name of a module")
+    """Names that parameters below the adapter have too."""
     base = tiny().float()
     model, batch = adapt(base, peml.MTLLoRA(r=2), peml.PrefixNAS(3, 1, 8, 4, 4)), tokens(1, 4)
     model.save_pretrained(tmp_path)
@@ -142,7 +142,14 @@ def test_attention_goes_through_the_registries() -> None:
     assert callable(masking_utils.sdpa_mask) and callable(masking_utils.eager_mask)
     modeling = inspect.getmodule(type(llama().model.layers[0].self_attn))
     assert hasattr(modeling, "eager_attention_forward"), "the eager function is no longer beside the attention layer"
-    assert parameters(modeling.eager_attention_forward)[:6] == ["module", "query", "key", "value", "attention_mask", "scaling"]
+    assert parameters(modeling.eager_attention_forward)[:6] == [
+        "module",
+        "query",
+        "key",
+        "value",
+        "attention_mask",
+        "scaling",
+    ]
 
 
 def test_an_unsupported_model_is_only_warned_about() -> None:

@@ -23,7 +23,7 @@ def register() -> None:
         PeftType._value2member_map_[NAME] = member
         PeftType._member_names_.append(NAME)
         type.__setattr__(PeftType, NAME, member)
-    if PeftType.PEML not in PEFT_TYPE_TO_CONFIG_MAPPING:  # type: ignore[attr-defined]
+    if PeftType.PEML not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=NAME.lower(), config_cls=PemlConfig, model_cls=PemlModel)
 
 

@@ -45,6 +45,8 @@ class PromptHost(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("peml_prompt",)
+    active_adapters: list[str]  # of BaseTunerLayer, which has no types
+    peml_prompt: nn.ModuleDict
 
     def __init__(self, slots: Sequence[AttentionSlot], implementation: str, causal: bool) -> None:
         super().__init__()
@@ -60,7 +62,7 @@ class PromptHost(nn.Module, BaseTunerLayer):
         if self._disable_adapters or not self.active_adapters:
             return None
         name = self.active_adapters[0]
-        return self.peml_prompt[name] if name in self.peml_prompt else None  # type: ignore[return-value]
+        return self.peml_prompt[name] if name in self.peml_prompt else None  # type: ignore[return-value]  # noqa: SIM401
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # A prompt wraps no layer: it goes where it is told.

@@ -78,7 +78,7 @@ class _LowRank(torch.autograd.Function):
         return y.view(*x.shape[:-1], up.shape[1])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, hidden, weight, down, up, core = ctx.saved_tensors
         need_x, _, _, need_down, need_up, need_core = ctx.needs_input_grad
@@ -96,7 +96,9 @@ class _LowRank(torch.autograd.Function):
                 grad_core = grad_m.T @ hidden
             elif core.ndim == 3:
                 b = core.shape[0]
-                grad_core = torch.bmm(grad_m.view(b, -1, core.shape[1]).transpose(1, 2), hidden.view(b, -1, core.shape[2]))
+                grad_core = torch.bmm(
+                    grad_m.view(b, -1, core.shape[1]).transpose(1, 2), hidden.view(b, -1, core.shape[2])
+                )
             else:
                 grad_core = by_lead.unsqueeze(-1) * hidden.view(*lead, 1, -1)
         if need_down:
@@ -120,6 +122,10 @@ class BankLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("peml_adapter",)
+    active_adapters: list[str]  # of BaseTunerLayer, which has no types
+    merged: bool
+    base_layer: Any
+    peml_adapter: nn.ModuleDict
 
     def __init__(self, base_layer: nn.Module, label: str) -> None:
         super().__init__()
@@ -149,16 +155,16 @@ class BankLinear(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # To the device only: PEFT would also cast to the base's dtype and round the fp32 weights away.
-        device = device or self.base_layer.weight.device  # type: ignore[assignment]
-        if adapter_name in self.peml_adapter and device.type != "meta":  # type: ignore[union-attr]
+        device = device or self.base_layer.weight.device
+        if adapter_name in self.peml_adapter and device.type != "meta":
             self.peml_adapter[adapter_name].to(device)
 
     def active(self) -> Adapter | None:
         """The adapter in force, or None if it is disabled, merged, or elsewhere in the model."""
         if self._disable_adapters or self.merged:
             return None
-        name = self.active_adapters[0] if self.active_adapters else None
-        return self.peml_adapter[name] if name in self.peml_adapter else None  # type: ignore[return-value]
+        name = self.active_adapters[0] if self.active_adapters else ""
+        return self.peml_adapter[name] if name in self.peml_adapter else None  # type: ignore[return-value]  # noqa: SIM401
 
     def forward(self, x: Tensor) -> Tensor:
         """`W x + b` plus the update of each row's task."""
@@ -187,7 +193,10 @@ class BankLinear(nn.Module, BaseTunerLayer):
     def _frozen(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Weight `[O, I]` and bias of a plain frozen layer; (None, None) where only the layer itself can compute."""
         layer = self.base_layer
-        if type(layer) not in (nn.Linear, Conv1D) or layer.weight.requires_grad or layer._forward_hooks:
+        if type(layer) not in (nn.Linear, Conv1D) or layer.weight.requires_grad:
+            return None, None
+        # Hooked from outside, or its forward replaced (accelerate, which fetches weights that are elsewhere).
+        if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
             return None, None
         weight, bias = layer.weight, layer.bias
         weight = weight.T if isinstance(layer, Conv1D) else weight
@@ -233,12 +242,17 @@ class BankLinear(nn.Module, BaseTunerLayer):
             return
         if type(self.base_layer) not in (nn.Linear, Conv1D):
             kind = type(self.base_layer).__name__
-            raise PemlError(f"{self.label} is a {kind}, whose weight cannot take a merged update: keep the adapter apart")
+            raise PemlError(
+                f"{self.label} is a {kind}, whose weight cannot take a merged update: keep the adapter apart"
+            )
         weight = self.base_layer.weight
-        exact = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
-        total = exact + sum(self.get_delta_weight(n).to(weight.device) for n in names)
+        total: Tensor = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
+        for name in names:
+            total = total + self.get_delta_weight(name).to(weight.device)
         if safe_merge and not torch.isfinite(total).all():
-            raise PemlError(f"merging adapter {names[0]!r} into {self.label} gives NaN or infinity: nothing was changed")
+            raise PemlError(
+                f"merging adapter {names[0]!r} into {self.label} gives NaN or infinity: nothing was changed"
+            )
         # The old tensor is kept whole: subtracting the update again would not give it back in half precision.
         self._pristine = weight.data
         weight.data = total.to(weight.dtype)
@@ -250,7 +264,7 @@ class BankLinear(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         assert self._pristine is not None
-        self.base_layer.weight.data = self._pristine  # type: ignore[assignment]
+        self.base_layer.weight.data = self._pristine
         self._pristine = None
         self.merged_adapters.clear()
 

@@ -52,14 +52,16 @@ class PemlConfig(PeftConfig):
         super().__post_init__()
         # The enum's member, not its name: transformers asks for `.value` where it loads adapters by itself.
         self.peft_type = PeftType("PEML")
+        if isinstance(self.task_names, str):
+            raise PemlError(f"task_names must be a list of names, not the text {self.task_names!r}")
         self.task_names = list(self.task_names)
         if not self.task_names:
             raise PemlError("task_names is empty: name at least one task")
         repeated = sorted({name for name in self.task_names if self.task_names.count(name) > 1})
         if repeated:
             raise PemlError(f"task_names repeats {', '.join(repeated)}: every task needs a name of its own")
-        self.adapter = part_from_dict("adapter", ADAPTERS, self.adapter)  # type: ignore[type-var]
-        self.prompt = part_from_dict("prompt", PROMPTS, self.prompt)  # type: ignore[type-var]
+        self.adapter = part_from_dict("adapter", ADAPTERS, self.adapter)
+        self.prompt = part_from_dict("prompt", PROMPTS, self.prompt)
         if self.adapter is None and self.prompt is None:
             raise PemlError("nothing to train: give an adapter, a prompt, or both")
         if isinstance(self.target_modules, set):
@@ -101,7 +103,7 @@ def part_from_dict(axis: str, table: Mapping[str, type[Part]], given: Part | Map
         if given is not None and not isinstance(given, kinds):
             raise PemlError(f"{axis} must be one of {', '.join(table)}, not {type(given).__name__}")
         return given
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     kind = settings.pop("type", None)
     if kind not in table:
         raise PemlError(f"{axis} has unknown type {kind!r}; choose from {', '.join(table)}")

@@ -173,7 +173,7 @@ def bind_checkpointing(model: nn.Module) -> None:
     for module in model.modules():
         function = module.__dict__.get("_gradient_checkpointing_func")
         if function is not None and not isinstance(function, _Bound):
-            module._gradient_checkpointing_func = _Bound(function)
+            module.__dict__["_gradient_checkpointing_func"] = _Bound(function)
 
 
 class _Bound:

@@ -34,7 +34,8 @@ class PemlModel(BaseTuner):
     """
 
     prefix: str = "peml_"
-    tuner_layer_cls = BankLinear | PromptHost  # type: ignore[assignment]
+    tuner_layer_cls = BankLinear | PromptHost
+    peft_config: dict[str, PemlConfig]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -65,13 +66,13 @@ class PemlModel(BaseTuner):
                 fresh = attention.install(model)
         try:
             # Before any layer is touched: a model that cannot take this prefix is refused whole.
-            if config.prompt is not None:
-                host = host or fresh
+            host = host or fresh
+            if host is not None and config.prompt is not None:
                 config.prompt.num_parameters(host.slots, len(config.task_names))
             super().inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
         except BaseException:
             if fresh is not None:
-                attention.uninstall(model, fresh)  # type: ignore[arg-type]
+                attention.uninstall(model, fresh)
             raise
         if fresh is not None:
             setattr(model, HOST, fresh)
@@ -80,6 +81,7 @@ class PemlModel(BaseTuner):
 
     def _add_prompt(self, host: PromptHost, adapter_name: str, low_cpu_mem_usage: bool) -> None:
         config = self.peft_config[adapter_name]
+        assert config.prompt is not None
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             prompt = config.prompt.build(host.slots, len(config.task_names))
         device = next(p for p in self.model.parameters()).device
@@ -87,7 +89,7 @@ class PemlModel(BaseTuner):
             prompt.to(device)
         trained = [(parameter, parameter.requires_grad) for parameter in host.parameters()]
         host.peml_prompt[adapter_name] = prompt
-        host.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        host.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # type: ignore[operator]
         for parameter, requires_grad in trained:
             # A further adapter, perhaps for inference only, must not freeze the one in training.
             parameter.requires_grad = requires_grad
@@ -156,7 +158,7 @@ class PemlModel(BaseTuner):
     @property
     def config_in_force(self) -> PemlConfig | None:
         """Configuration of the active adapter."""
-        return self.peft_config.get(self.adapter_in_force)
+        return self.peft_config.get(self.adapter_in_force or "")
 
     def _prompt_host(self) -> PromptHost | None:
         host = getattr(self.model, HOST, None)
@@ -165,7 +167,7 @@ class PemlModel(BaseTuner):
     @property
     def prompt(self) -> Any:
         """The prompt module of the active adapter, or None."""
-        host, name = self._prompt_host(), self.adapter_in_force
+        host, name = self._prompt_host(), self.adapter_in_force or ""
         return None if host is None or name not in host.peml_prompt else host.peml_prompt[name]
 
     def select_task(self, task: str | int | None) -> None:
@@ -254,7 +256,7 @@ class PemlModel(BaseTuner):
         if "_peml_hooks" in model.__dict__:
             return
         self._arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        model._peml_hooks = (  # type: ignore[assignment]
+        model._peml_hooks = (
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
             model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         )
@@ -372,7 +374,7 @@ class PemlModel(BaseTuner):
     @contextmanager
     def ablated(self, part: str) -> Iterator[None]:
         """Switch off the `adapter` or the `prompt` inside the block, to see what it contributes."""
-        kind = {"adapter": BankLinear, "prompt": PromptHost}[part]
+        kind: type[BankLinear] | type[PromptHost] = {"adapter": BankLinear, "prompt": PromptHost}[part]
         layers = [m for m in self.model.modules() if isinstance(m, kind) and not m._disable_adapters]
         try:
             for layer in layers:
@@ -387,11 +389,17 @@ class PemlModel(BaseTuner):
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters of the active adapter by part: adapter, prompt, architecture."""
         name = self.active_adapters[0]
-        banks = [m.peml_adapter[name] for m in self.model.modules() if isinstance(m, BankLinear) and name in m.peml_adapter]
+        banks = [
+            m.peml_adapter[name] for m in self.model.modules() if isinstance(m, BankLinear) and name in m.peml_adapter
+        ]
         architecture = [] if self.prompt is None else self.prompt.architecture_parameters()
         chosen = {id(p) for p in architecture}
         prompt = [] if self.prompt is None else [p for p in self.prompt.parameters() if id(p) not in chosen]
-        return {"adapter": [p for bank in banks for p in bank.parameters()], "prompt": prompt, "architecture": architecture}
+        return {
+            "adapter": [p for bank in banks for p in bank.parameters()],
+            "prompt": prompt,
+            "architecture": architecture,
+        }
 
     def per_task_parameters(self) -> set[int]:
         """`id` of every parameter that is stacked over tasks."""
@@ -415,6 +423,7 @@ class PemlModel(BaseTuner):
         host = self._prompt_host()
         assert host is not None
         config.prompt, table = prompt.collapse()
+        table.requires_grad_(prompt.seed.requires_grad)
         host.peml_prompt[self.active_adapters[0]] = table
 
     # Saving and loading
@@ -428,7 +437,7 @@ class PemlModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PemlConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        renamed: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         _check_fit(model, adapter_name, renamed)
         return renamed
 

@@ -38,7 +38,10 @@ def reference_logits(model: PeftModel, batch: Tensor, tasks: list[str]) -> tuple
     updates = {}
     for name, module in tuner.model.named_modules():
         if isinstance(module, BankLinear):
-            tensors, settings = own(f"base_model.model.{name}.peml_adapter.default."), dataclasses.asdict(config.adapter)
+            tensors, settings = (
+                own(f"base_model.model.{name}.peml_adapter.default."),
+                dataclasses.asdict(config.adapter),
+            )
             update = references.ADAPTERS[type(config.adapter).__name__]
             updates[name] = lambda x, t, u=update, own=tensors, s=settings: u(x, own, s, t)
     prefixes = None
@@ -52,9 +55,7 @@ def reference_logits(model: PeftModel, batch: Tensor, tasks: list[str]) -> tuple
     visible = torch.ones(length, length, dtype=torch.bool)
     visible = visible if type(base).__name__.startswith("Bert") else visible.tril()
     ids = [[TASKS.index(task)] * length for task in tasks]
-    logits = references.run(
-        base, {"input_ids": batch}, visible.expand(rows, -1, -1), updates, prefixes, ids
-    )
+    logits = references.run(base, {"input_ids": batch}, visible.expand(rows, -1, -1), updates, prefixes, ids)
     return logits, leaves
 
 
@@ -124,7 +125,9 @@ def test_a_task_differs_from_another_where_it_should(case: Case) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("adapter", [peml.LoRA(), peml.MTLLoRA(), peml.MTLLoRA(lambda_kind="diag", routing_init="random")])
+@pytest.mark.parametrize(
+    "adapter", [peml.LoRA(), peml.MTLLoRA(), peml.MTLLoRA(lambda_kind="diag", routing_init="random")]
+)
 @torch.no_grad()
 def test_a_fresh_adapter_changes_no_bit(family: str, adapter: peml.adapters.AdapterConfig) -> None:
     base, batch = tiny(family), tokens()

@@ -56,7 +56,9 @@ def test_static_cache(case: Case, padded: bool) -> None:
     mask = torch.ones(2, 5, dtype=torch.long)
     if padded:
         mask[0, :2], batch[0, :2] = 0, 1
-    found = generated(model, batch, tasks=tasks, attention_mask=mask, cache_implementation="static", disable_compile=True)
+    found = generated(
+        model, batch, tasks=tasks, attention_mask=mask, cache_implementation="static", disable_compile=True
+    )
     assert torch.equal(found, argmax_loop(model, batch, tasks, mask))
 
 
@@ -94,7 +96,9 @@ def test_sampling_runs_and_repeats(case: Case) -> None:
     runs = []
     for _ in range(2):
         torch.manual_seed(3)
-        runs.append(model.generate(batch, tasks=["rte", "cola"], do_sample=True, num_return_sequences=2, max_new_tokens=3))
+        runs.append(
+            model.generate(batch, tasks=["rte", "cola"], do_sample=True, num_return_sequences=2, max_new_tokens=3)
+        )
     assert torch.equal(*runs) and runs[0].shape == (4, 7)
 
 

@@ -5,7 +5,6 @@ import threading
 import pytest
 import torch
 from cases import Case, cases, few_cases
-from models import TASKS, adapt, tiny, tokens
 from peft import get_peft_model
 from torch import nn
 from transformers import (
@@ -25,6 +24,7 @@ from transformers import (
 )
 
 import peml
+from models import TASKS, adapt, tiny, tokens
 from peml import PemlError, routing
 from peml.bank import BankLinear
 
@@ -147,7 +147,7 @@ def test_a_block_computes_the_prefix_anew() -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(loss.item())
     assert losses[2] < losses[1] < losses[0]
 
 

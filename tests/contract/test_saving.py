@@ -103,7 +103,9 @@ assert torch.equal(found, expected), (found - expected).abs().max()
 """
 
 
-@pytest.mark.parametrize("case", [Case("MTLLoRA", "PrefixNAS"), Case("LoRA", "PrefixNAS-collapsed")], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [Case("MTLLoRA", "PrefixNAS"), Case("LoRA", "PrefixNAS-collapsed")], ids=lambda c: c.name
+)
 def test_a_fresh_process(case: Case, tmp_path: Path) -> None:
     batch, expected, _ = saved(case, tmp_path)
     torch.save((batch, expected), tmp_path / "expected.pt")
@@ -139,7 +141,7 @@ def test_another_base_is_refused(case: Case, other: str, tmp_path: Path) -> None
         PeftModel.from_pretrained(base, folder)
         return
     # Where no module has the right name it is PEFT that refuses.
-    with pytest.raises(PemlError if other == "wider" else ValueError, match="base model|layers"):
+    with pytest.raises(PemlError if other == "wider" else ValueError, match=r"base model|layers"):
         PeftModel.from_pretrained(base, folder)
 
 

@@ -6,22 +6,28 @@ import pickle
 import pytest
 import torch
 from cases import Case, cases, few_cases
-from models import FAMILIES, TASKS, adapt, shake, tiny, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 import peml
+from models import FAMILIES, TASKS, adapt, shake, tiny, tokens
 from peml import PemlError
 from peml.bank import BankLinear
 
 SECOND = peml.PemlConfig(
-    task_names=["x", "rte"], adapter=peml.MTLLoRA(r=2), prompt=peml.PrefixTuning(num_virtual_tokens=(2, 1), per_task=True)
+    task_names=["x", "rte"],
+    adapter=peml.MTLLoRA(r=2),
+    prompt=peml.PrefixTuning(num_virtual_tokens=(2, 1), per_task=True),
 )
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name.replace(".base_layer", ""): p.detach().clone() for name, p in model.named_parameters() if "peml_" not in name}
+    return {
+        name.replace(".base_layer", ""): p.detach().clone()
+        for name, p in model.named_parameters()
+        if "peml_" not in name
+    }
 
 
 def with_second(model: PeftModel) -> None:
@@ -53,7 +59,7 @@ def test_a_second_adapter(case: Case) -> None:
     )  # fmt: skip
     if case.adapter is not None:
         torch.testing.assert_close(alone(input_ids=batch, tasks=["rte", "x"]).logits, second, rtol=1e-12, atol=1e-12)
-    with pytest.raises(PemlError, match="unknown task 'cola'.*x, rte"):
+    with pytest.raises(PemlError, match=r"unknown task 'cola'.*x, rte"):
         model(input_ids=batch, tasks=["rte", "cola"])
     with pytest.raises(PemlError, match="one PEML adapter can be active"):
         model.base_model.set_adapter(["default", "second"])
@@ -130,7 +136,7 @@ def test_merging(family: str, case: Case) -> None:
         expected = model(input_ids=batch, tasks=task).logits
         if case.adapter.needs_task:
             model.base_model.select_task(None)
-            with pytest.raises(PemlError, match="select_task.*rte, sst2, cola"):
+            with pytest.raises(PemlError, match=r"select_task.*rte, sst2, cola"):
                 model.merge_adapter()
         model.base_model.select_task(task)
         assert torch.equal(model(input_ids=batch).logits, expected)
@@ -248,7 +254,9 @@ def test_a_copy_is_independent(case: Case) -> None:
     assert torch.equal(twin(input_ids=batch, tasks=["rte", "cola"]).logits, expected)
     call = {"input_ids": batch, "tasks": "rte", "max_new_tokens": 3, "do_sample": False, "output_logits": True}
     found = twin.generate(**call, return_dict_in_generate=True).logits[0]
-    torch.testing.assert_close(found, twin(input_ids=batch, tasks="rte").logits[:, -1], rtol=1e-6, atol=1e-6, check_dtype=False)
+    torch.testing.assert_close(
+        found, twin(input_ids=batch, tasks="rte").logits[:, -1], rtol=1e-6, atol=1e-6, check_dtype=False
+    )
     with twin.disable_adapter():
         assert not torch.allclose(model(input_ids=batch, tasks="rte").logits, twin(input_ids=batch).logits)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -68,7 +67,6 @@ class Linear(Operation):
 class MLP(Operation):
     """act(H W1) W2: the reparametrisation of prefix tuning (arXiv:2101.00190)."""
 
-    activation: ClassVar[Callable[[Tensor], Tensor]]
     expansion: ClassVar[float]
 
     def __init__(self, num_tokens: int, width: int) -> None:
@@ -79,21 +77,34 @@ class MLP(Operation):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `[P, h]` to `[P, h]`."""
-        return type(self).activation(hidden @ self.into) @ self.out
+        return self.activation(hidden @ self.into) @ self.out
+
+    @staticmethod
+    @abstractmethod
+    def activation(inner: Tensor) -> Tensor:
+        """Between the two products."""
 
 
 class NarrowTanhMLP(MLP):
     """tanh, m = h/4."""
 
-    activation = staticmethod(torch.tanh)
     expansion = 0.25
+
+    @staticmethod
+    def activation(inner: Tensor) -> Tensor:
+        """Hyperbolic tangent."""
+        return torch.tanh(inner)
 
 
 class WideGeluMLP(MLP):
     """gelu, m = h."""
 
-    activation = staticmethod(F.gelu)
     expansion = 1.0
+
+    @staticmethod
+    def activation(inner: Tensor) -> Tensor:
+        """GELU."""
+        return F.gelu(inner)
 
 
 class ResidualBottleneck(Operation):

@@ -83,8 +83,6 @@ class PrefixTuning(PromptConfig):
 class PrefixTable(Prompt):
     """Keys and values as parameters of their own per layer, so that any kind of checkpointing can walk them."""
 
-    task_parameters = ()
-
     def __init__(self, config: PrefixTuning, slots: Sequence[AttentionSlot], num_tasks: int) -> None:
         super().__init__()
         self.needs_task = config.per_task  # type: ignore[misc]

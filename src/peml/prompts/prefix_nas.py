@@ -147,7 +147,7 @@ class PrefixGenerator(Prompt):
         self.register_buffer("progress", torch.zeros((), dtype=torch.float64))
         self._warming_up = False
         self._derived: tuple[list[int], list[list[int]]] | None = None
-        self.register_load_state_dict_post_hook(_forget)
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     choice: Tensor
     kept: Tensor
@@ -214,7 +214,9 @@ class PrefixGenerator(Prompt):
         _, kept = self._structure()
         fixed = not self.searching and self.config.gate_after == "unit"
         layers: list[LayerPrefix | None] = []
-        for layer, (block, slot) in enumerate(zip(flat.split([s.width for s in self.slots], 1), self.slots, strict=True)):
+        for layer, (block, slot) in enumerate(
+            zip(torch.split(flat, [s.width for s in self.slots], 1), self.slots, strict=True)
+        ):
             tokens = kept[layer]
             if not tokens:
                 layers.append(None)
@@ -272,15 +274,12 @@ class PrefixGenerator(Prompt):
         gates = self.log_gates().exp().double()
         scale = gates.max() if self.config.gate_after == "keep" else 1.0
         kept = gates >= self.config.threshold * scale
+        kept.view(-1)[gates.argmax()] = True
         widths = torch.tensor([[slot.width] for slot in self.slots], device=gates.device).expand_as(gates).double()
         order = torch.where(kept, gates, -1.0).flatten().argsort(descending=True, stable=True)
-        spent = torch.where(kept, widths, 0.0).flatten()[order].cumsum(0)
-        fits = spent <= self.config.budget_tokens * widths[:, 0].sum()
+        fits = widths.flatten()[order].cumsum(0) <= self.config.budget_tokens * widths[:, 0].sum()
         fits[0] = True
-        within = torch.zeros_like(fits)
-        within[order] = fits
-        kept &= within.view_as(kept)
-        kept.view(-1)[order[0]] = True
+        kept &= torch.zeros_like(kept).flatten().scatter(0, order, fits).view_as(kept)
         self.choice.copy_(self.alpha.argmax(-1))
         self.kept.copy_(kept)
         self._derived = None

@@ -1,0 +1,394 @@
+"""The generator, its search and what becomes of it."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+import peml
+import references
+from models import adapt, gradients, probe_loss, shake, tiny, tokens
+from peml import PemlError
+from peml.prompts import AttentionSlot, PrefixGenerator, PrefixNAS
+from peml.prompts.operations import DEFAULT_OPERATIONS, OPERATIONS, operation_parameters
+
+SLOTS = [AttentionSlot(2, 3), AttentionSlot(1, 5), AttentionSlot(2, 3)]
+SMALL = PrefixNAS(num_virtual_tokens=5, num_cells=2, width=9, embedding_dim=4, head_rank=3, budget_tokens=2.0)
+
+
+def generator(shaken: bool = True, **changes) -> PrefixGenerator:
+    prompt = dataclasses.replace(SMALL, **changes).build(SLOTS, num_tasks=3).double()
+    if shaken:
+        shake(prompt.parameters(), 0.4)
+    return prompt
+
+
+def compare(left, right, exactly: bool = False) -> None:
+    tolerance = 0 if exactly else 1e-12
+    for one, other in zip(left, right, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            for part in range(2):
+                torch.testing.assert_close(one[part], other[part], rtol=tolerance, atol=tolerance)
+            gates = [
+                torch.zeros(p.num_tokens, dtype=torch.float64) if p.log_gate is None else p.log_gate
+                for p in (one, other)
+            ]
+            torch.testing.assert_close(*gates, rtol=tolerance, atol=tolerance)
+
+
+# Operations
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(("p", "h"), [(5, 9), (1, 3), (4, 8)])
+def test_every_operation(name: str, p: int, h: int) -> None:
+    """Builds, equals its naive version, gives a gradient to all it has, and has what its formula says."""
+    operation = OPERATIONS[name](p, h).double()
+    shake(operation.parameters(), 0.3)
+    hidden = torch.randn(p, h, dtype=torch.float64, requires_grad=True)
+    found = operation(hidden)
+    own = dict(operation.named_parameters())
+    expected = references.OPERATIONS[name](hidden, own)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert found.shape == (p, h)
+    assert sum(parameter.numel() for parameter in own.values()) == operation_parameters(name, p, h)
+    if name == "none":
+        assert not found.any()
+        return
+    trained = [hidden, *own.values()]
+    left, right = (torch.autograd.grad(probe_loss(y), trained, retain_graph=True) for y in (found, expected))
+    for one, other, parameter in zip(left, right, trained, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+        # With a single token a softmax is 1 whatever its score; a narrow relu may be closed.
+        assert one.any() or p == 1 or name == "res_bottleneck", parameter.shape
+
+
+def test_the_default_operations_leave_out_none() -> None:
+    assert "none" in OPERATIONS and set(DEFAULT_OPERATIONS) == set(OPERATIONS) - {"none"}
+    assert PrefixNAS().operations == DEFAULT_OPERATIONS
+
+
+@pytest.mark.parametrize("operations", [tuple(OPERATIONS), ("identity",), ("none", "linear")])
+def test_any_set_of_operations_trains(operations: tuple[str, ...]) -> None:
+    model = adapt(tiny(), prompt=dataclasses.replace(SMALL, operations=operations))
+    probe_loss(model(input_ids=tokens()).logits).backward()
+    found = gradients(model)
+    for name in ("seed", "into", "head_in", "head_out", "token_gate", "layer_gate"):
+        assert found[f"base_model.model.prompt_host.peml_prompt.default.{name}"].any(), name
+
+
+def test_the_formula_of_the_defaults() -> None:
+    """Search of LLaMA-2-7B: head 16.8 M, one whole cell 2.89 M; 16 tokens deploy 4.2 M numbers."""
+    slots, config = [AttentionSlot(32, 128)] * 32, PrefixNAS()
+    head = 512 * 64 + 64 * 32 * 8192
+    cell = sum(operation_parameters(name, 32, 512) for name in config.operations)
+    assert round(head / 1e6, 1) == 16.8 and round(cell / 1e6, 2) == 2.89
+    assert operation_parameters("mlp_gelu_h", 32, 512) == 524_288
+    rest = 32 * 256 + 256 * 512 + 2 * len(config.operations) + 32 * 32 + 32
+    assert config.num_parameters(slots, 8) == head + 2 * cell + rest
+    assert peml.PrefixTuning(16).num_parameters(slots, 8) == 16 * 32 * 8192 == 4_194_304
+    assert peml.PrefixTuning(20).num_parameters(slots, 8) == 32 * 163_840
+    assert peml.PrefixTuning(20, per_task=True).num_parameters(slots, 8) == 8 * 32 * 163_840
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"operations": ("identity",)}, {"num_cells": 3}, {"operations": tuple(OPERATIONS)}]
+)
+def test_the_count_is_the_formula(changes: dict) -> None:
+    config = dataclasses.replace(SMALL, **changes)
+    assert sum(p.numel() for p in config.build(SLOTS, 3).parameters()) == config.num_parameters(SLOTS, 3)
+
+
+# The search
+
+
+@pytest.mark.parametrize("gate_after", ["keep", "unit"])
+@pytest.mark.parametrize("end_to_end", [False, True])
+@torch.no_grad()
+def test_one_hot_weights_and_binary_gates_are_the_derived_network(gate_after: str, end_to_end: bool) -> None:
+    """No gap at all between the end of such a search and what is deployed."""
+    config = dataclasses.replace(SMALL, gate_after=gate_after, budget_tokens=5.0)
+    if end_to_end:
+        model = adapt(tiny(), prompt=config)
+        prompt, batch = model.base_model.prompt, tokens()
+        run = lambda: model(input_ids=batch).logits  # noqa: E731
+    else:
+        prompt = generator(gate_after=gate_after, budget_tokens=5.0)
+        run = lambda: prompt(None)  # noqa: E731
+    chosen = torch.randint(len(config.operations), (2,))
+    prompt.alpha.fill_(-1e5).scatter_(1, chosen[:, None], 1e5)
+    is_open = torch.rand_like(prompt.token_gate) < 0.5
+    is_open[0, 0] = True
+    prompt.token_gate.copy_(torch.where(is_open, 1e5, -1e5))
+    prompt.layer_gate.fill_(1e5)
+    before = run()
+    prompt.derive()
+    assert prompt.architecture().operations == tuple(config.operations[c] for c in chosen)
+    assert prompt.architecture().lengths == tuple(is_open.sum(1).tolist())
+    after = run()
+    if end_to_end:
+        torch.testing.assert_close(after, before, rtol=1e-13, atol=1e-13)
+        return
+    for layer, (supernet, derived) in enumerate(zip(before, after, strict=True)):
+        tokens_kept = is_open[layer].nonzero().flatten()
+        if derived is None:
+            assert not len(tokens_kept)
+            continue
+        # Products of another shape may round differently in the last place.
+        for part in range(2):
+            torch.testing.assert_close(derived[part], supernet[part][:, :, tokens_kept], rtol=1e-12, atol=1e-14)
+        assert derived.log_gate is None if gate_after == "unit" else not derived.log_gate.any()
+
+
+def numerical(function, parameter: Tensor, step: float = 1e-6) -> Tensor:
+    """Central differences of a scalar function."""
+    out = torch.zeros_like(parameter)
+    flat, values = parameter.data.view(-1), out.view(-1)
+    for i in range(flat.numel()):
+        before = flat[i].item()
+        ends = []
+        for value in (before + step, before - step):
+            flat[i] = value
+            with torch.no_grad():
+                ends.append(float(function()))
+        flat[i] = before
+        values[i] = (ends[0] - ends[1]) / (2 * step)
+    return out
+
+
+@pytest.mark.parametrize("name", ["entropy", "cost", "parameters"])
+def test_penalties_against_finite_differences(name: str) -> None:
+    """And against the formula."""
+    prompt = generator(
+        budget_tokens=0.05, parameter_budget=100, entropy_weight=0.3, cost_weight=2.0, parameter_weight=0.5
+    )
+    prompt.set_progress(0.8)
+    term = prompt.penalties()[name]
+    alpha, beta, gamma = (p.detach() for p in prompt.architecture_parameters())
+    tau = 1.0 * (0.1 / 1.0) ** 0.8
+    weights = torch.softmax(alpha / tau, dim=-1)
+    gates = torch.sigmoid(beta)
+    if name == "entropy":
+        binary = -(gates * gates.log() + (1 - gates) * (1 - gates).log()).mean()
+        expected = 0.3 * (2 * 0.8 - 1) * (-(weights * weights.log()).sum(1).mean() + binary)
+    elif name == "cost":
+        widths = torch.tensor([slot.width for slot in SLOTS], dtype=torch.float64)
+        cost = (torch.sigmoid(gamma)[:, None] * gates * widths[:, None]).sum()
+        expected = 2.0 * (cost / (0.05 * widths.sum()) - 1)
+    else:
+        sizes = torch.tensor([operation_parameters(o, 5, 9) for o in SMALL.operations], dtype=torch.float64)
+        expected = 0.5 * ((weights * sizes).sum() / 100 - 1)
+    assert term > 0
+    torch.testing.assert_close(term, expected, rtol=1e-7, atol=1e-9)
+    trained = prompt.architecture_parameters()
+    found = torch.autograd.grad(term, trained, allow_unused=True)
+    for parameter, gradient in zip(trained, found, strict=True):
+        wanted = numerical(lambda: prompt.penalties()[name], parameter)
+        gradient = torch.zeros_like(parameter) if gradient is None else gradient
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
+    assert any(g is not None and g.any() for g in found), "a declared loss without a gradient"
+
+
+def test_penalties_rest_where_they_should() -> None:
+    """No cost within the budget, no entropy in the first half, nothing once the search is over."""
+    prompt = generator(budget_tokens=5.0)
+    prompt.set_progress(0.4)
+    assert set(prompt.penalties()) == {"entropy", "cost"}
+    assert prompt.penalties()["cost"] == 0 and prompt.penalties()["entropy"] == 0
+    prompt.set_progress(0.51)
+    assert prompt.penalties()["entropy"] > 0
+    halfway, end = (prompt.set_progress(f) or prompt.penalties()["entropy"] / prompt.entropy() for f in (0.75, 1.0))
+    torch.testing.assert_close(2 * halfway, end)
+    prompt.derive()
+    assert prompt.penalties() == {}
+
+
+def test_the_temperature_falls_exponentially() -> None:
+    prompt = generator(temperature=(2.0, 0.02))
+    for fraction, tau in ((0.0, 2.0), (0.5, 0.2), (1.0, 0.02)):
+        prompt.set_progress(fraction)
+        torch.testing.assert_close(prompt.cell_weights(), torch.softmax(prompt.alpha / tau, dim=-1))
+
+
+def test_warm_up_holds_the_architecture() -> None:
+    """Its gradient is zero, not absent: data-parallel training waits for every parameter."""
+    model = adapt(tiny(), prompt=dataclasses.replace(SMALL, warmup_fraction=0.3, budget_tokens=0.1))
+    prompt, batch = model.base_model.prompt, tokens()
+    for fraction, moves in ((0.0, False), (0.29, False), (0.3, True), (0.9, True)):
+        prompt.set_progress(fraction)
+        loss = probe_loss(model(input_ids=batch).logits) + sum(prompt.penalties().values())
+        loss.backward()
+        for parameter in prompt.architecture_parameters():
+            assert parameter.grad is not None and bool(parameter.grad.any()) == moves
+        assert prompt.seed.grad.any()
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("training", ["search", "warm-up"])
+def test_every_parameter_gets_a_gradient(training: str) -> None:
+    model = adapt(tiny(), prompt=SMALL)
+    model.base_model.prompt.set_progress(0.5 if training == "search" else 0.0)
+    probe_loss(model(input_ids=tokens()).logits).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+# Its end
+
+
+def gates_of(prompt: PrefixGenerator) -> Tensor:
+    return prompt.log_gates().exp().detach()
+
+
+@pytest.mark.parametrize("gate_after", ["keep", "unit"])
+@pytest.mark.parametrize("threshold", [None, 0.01, 0.3, 0.9])
+@pytest.mark.parametrize("budget", [0.1, 1.0, 2.5, 5.0])
+@pytest.mark.parametrize("spread", [0.0, 3.0])
+def test_deriving(gate_after: str, threshold, budget: float, spread: float) -> None:
+    """Against a loop: threshold (relative for keep), then budget by gate, never empty, never above the budget."""
+    prompt = generator(gate_after=gate_after, gate_threshold=threshold, budget_tokens=budget)
+    shake([prompt.token_gate], spread)
+    gates, config = gates_of(prompt), prompt.config
+    limit = config.threshold * (gates.max() if gate_after == "keep" else 1.0)
+    total = budget * sum(slot.width for slot in SLOTS)
+    wanted: list[tuple[int, int]] = []
+    places = sorted(((gates[layer, j].item(), layer, j) for layer in range(3) for j in range(5)), reverse=True)
+    spent = 0
+    for gate, layer, j in places:
+        if gate < limit or spent + SLOTS[layer].width > total:
+            break
+        spent += SLOTS[layer].width
+        wanted.append((layer, j))
+    wanted = wanted or [places[0][1:]]
+    best = prompt.alpha.argmax(1).tolist()
+    assert not prompt.architecture().derived
+    prompt.derive()
+    found = prompt.architecture()
+    assert found.derived and not prompt.searching
+    assert sorted((layer, j) for layer, row in enumerate(found.tokens) for j in row) == sorted(wanted)
+    assert found.operations == tuple(config.operations[c] for c in best)
+    assert sum(found.lengths) >= 1
+    layers = prompt(None)
+    assert tuple(0 if layer is None else layer.num_tokens for layer in layers) == found.lengths
+    assert all(layer is None or (layer.log_gate is None) == (gate_after == "unit") for layer in layers)
+
+
+def test_a_short_search_keeps_its_tokens() -> None:
+    """At a near-identity start every gate is far below 0.05; relative to each other they are equal."""
+    prompt = generator(shaken=False, budget_tokens=5.0)
+    assert gates_of(prompt).max() < 0.05
+    prompt.derive()
+    assert prompt.architecture().lengths == (5, 5, 5)
+
+
+def test_a_closed_layer_goes_as_a_whole() -> None:
+    prompt = generator(budget_tokens=5.0)
+    with torch.no_grad():
+        prompt.layer_gate[1] = -20.0
+    prompt.derive()
+    assert prompt.architecture().lengths[1] == 0 and prompt(None)[1] is None
+
+
+def test_gates_stay_where_they_were_after_the_search() -> None:
+    """Fine-tuning afterwards trains the generator, not the gates nor the choice."""
+    model = adapt(tiny(), prompt=SMALL)
+    prompt = model.base_model.prompt
+    prompt.derive()
+    before = gates_of(prompt)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    for _ in range(2):
+        probe_loss(model(input_ids=tokens()).logits).backward()
+        assert all(p.grad is None or not p.grad.any() for p in prompt.architecture_parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(gates_of(prompt), before)
+
+
+def test_loading_a_state_reads_the_structure_anew() -> None:
+    found, fresh = generator(), generator()
+    found.derive()
+    assert fresh.searching
+    fresh.load_state_dict(found.state_dict())
+    assert not fresh.searching and fresh.architecture() == found.architecture()
+    compare(fresh(None), found(None), exactly=True)
+    again = generator()
+    found.load_state_dict(again.state_dict())
+    assert found.searching
+
+
+@pytest.mark.parametrize("state", ["search", "keep", "unit"])
+@torch.no_grad()
+def test_collapsing_keeps_what_the_generator_gives(state: str) -> None:
+    prompt = generator(gate_after="unit" if state == "unit" else "keep")
+    if state != "search":
+        prompt.derive()
+    config, table = prompt.collapse()
+    compare(table(None), prompt(None), exactly=True)
+    assert config.gated == (state != "unit") and not config.per_task
+    assert config.num_virtual_tokens == prompt.architecture().lengths
+    assert sum(p.numel() for p in table.parameters()) == config.num_parameters(SLOTS, 3)
+
+
+@pytest.mark.parametrize("gate_after", ["keep", "unit"])
+@torch.no_grad()
+def test_collapsing_a_model(gate_after: str) -> None:
+    """Derives first where the search is open; afterwards there is no generator any more, and a task is no task."""
+    model, batch = adapt(tiny(), peml.LoRA(r=2), dataclasses.replace(SMALL, gate_after=gate_after)), tokens()
+    model.base_model.prompt.derive()
+    expected = model(input_ids=batch).logits
+    model.base_model.collapse_prompt()
+    torch.testing.assert_close(model(input_ids=batch).logits, expected, rtol=1e-12, atol=1e-12)
+    assert isinstance(model.peft_config["default"].prompt, peml.PrefixTuning)
+    assert not any("cells" in name or "alpha" in name for name in model.state_dict())
+    with pytest.raises(PemlError, match="no generated prefix"):
+        model.base_model.collapse_prompt()
+    open_search = adapt(tiny(), prompt=SMALL)
+    open_search.base_model.collapse_prompt()
+    assert sum(open_search.peft_config["default"].prompt.num_virtual_tokens) <= 4
+
+
+def test_an_inactive_or_frozen_prompt_collapses_frozen() -> None:
+    model = adapt(tiny(), prompt=SMALL)
+    model.requires_grad_(False)
+    model.base_model.collapse_prompt()
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_the_architecture_as_plain_json() -> None:
+    prompt = generator()
+    assert prompt.architecture().to_dict()["derived"] is False
+    prompt.derive()
+    found = prompt.architecture().to_dict()
+    assert set(found) == {"operations", "lengths", "tokens", "derived"} and found["derived"] is True
+    assert found["lengths"] == [len(row) for row in found["tokens"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_virtual_tokens": 0}, "num_virtual_tokens must be 1 or more"),
+        ({"num_cells": 0}, "num_cells must be 1 or more"),
+        ({"temperature": (1.0, 0.0)}, "above 0"),
+        ({"temperature": (1.0,)}, "a start and an end"),
+        ({"warmup_fraction": 1.0}, r"\[0, 1\)"),
+        ({"budget_tokens": 0.0}, "budget_tokens must be above 0"),
+        ({"gate_after": "hard"}, "keep or unit, not 'hard'"),
+        ({"operations": ()}, "one or more distinct"),
+        ({"operations": ("linear", "linear")}, "one or more distinct"),
+        ({"operations": ("linaer",)}, "unknown 'linaer'"),
+    ],
+)
+def test_settings_are_checked(changes: dict, message: str) -> None:
+    with pytest.raises(PemlError, match=message):
+        dataclasses.replace(SMALL, **changes)
+
+
+def test_only_closing_gates_removes_the_prefix() -> None:
+    """Far below any float the log-gate stays finite."""
+    prompt = generator()
+    with torch.no_grad():
+        prompt.token_gate.fill_(-1e30)
+    gates = prompt.log_gates()
+    assert gates.isfinite().all() and not gates.exp().any()
+    assert prompt.penalties()["cost"].isfinite()
