@@ -27,8 +27,8 @@ from peml.tasks.toy import documents
 DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "src" / "peml" / "assets" / "toy-llama"
 VOCABULARY = 1024
 POSITIONS = 256
-TOKENS = 1536
-PEAK_RATE = 4e-3
+TOKENS = 2048
+PEAK_RATE = 2e-3
 HELD_OUT = "held-out"
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
@@ -180,8 +180,8 @@ def main() -> None:
     """Train the tokenizer and the model, and write them to the output folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     args = parser.parse_args()
 

@@ -272,3 +272,23 @@ def test_checkpointed_activations_train_to_the_same_weights(tmp_path: Path) -> N
     checkpointed = weights(run(tmp_path, "less", train=arguments | {"activation_checkpointing": True}))
     for key, value in plain.items():
         assert torch.equal(checkpointed[key], value), key
+
+
+def test_a_run_is_resumed_under_its_own_recipe_only(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, method="lora", set={}, evaluate_before=False)
+    train(path, tmp_path / "run")
+    before = (tmp_path / "run" / "recipe.yaml").read_text()
+    with pytest.raises(PemlError, match=r"--resume: the run in .* was started with another recipe \(method differs\)"):
+        train(write_recipe(tmp_path, method="mtl-lora", set={}, evaluate_before=False), tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == before
+
+
+def test_evaluation_rows_that_cannot_fit_stop_before_training(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    with (tmp_path / "eval.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "big red cat", "big": True, "color": " ".join(["red"] * 40)}) + "\n")
+    data = recipe(tmp_path)
+    data["tasks"][1]["max_new_tokens"] = 40
+    with pytest.raises(PemlError, match=r"eval.jsonl:\d+: task 'color': 40 new tokens"):
+        train(Recipe.model_validate(data), tmp_path / "run")
+    assert not (tmp_path / "run").exists() and path.exists()

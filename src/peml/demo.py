@@ -21,7 +21,8 @@ from peml.tasks import suite_tasks
 from peml.training.folder import RunFolder
 from peml.training.progress import progress_bar
 from peml.training.recipe import Recipe
-from peml.training.run import TOY_MODEL, environment, load_base, prepare, train
+from peml.training.run import environment, train
+from peml.training.workbench import TOY_MODEL, load_base, prepare
 
 METHODS = ("lora", "lora+prefix", "mtl-lora", "peml")
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -72,7 +73,8 @@ def demo(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any
         f"One frozen model of a few million parameters, {len(names)} tasks, one adapter for all of them. "
         f"{len(METHODS)} methods on equal budgets, {steps} steps each, seed {seed}."
     )
-    bench = prepare(first)
+    with console.status("making rows, loading the model"):
+        bench = prepare(first)
     budget = trainable_parameters(method("peml", names, SETTINGS["peml"]), bench.model)
     with progress_bar(console) as progress:
         frozen = bench.evaluate(bench.model, progress)

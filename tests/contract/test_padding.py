@@ -70,16 +70,14 @@ def test_left_padding_where_the_model_cannot_generate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "case"),
-    [(family, case) for family, case in PAIRS if family in DECODERS],
+    ("family", "case", "attention"),
+    [(family, case, "sdpa") for family, case in PAIRS if family in DECODERS]
+    + [(family, case, "eager") for family in DECODERS for case in FEW],
     ids=lambda value: getattr(value, "name", value),
 )
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_packed_rows_do_not_leak(family: str, case: Case, attention: str) -> None:
     """Documents that share a row (positions start again, no mask) equal documents alone."""
-    if attention == "eager" and case not in FEW:
-        pytest.skip("a few cases are enough for the eager implementation")
     model, batch = case.build(base=tiny(family, attention)), tokens(1, 7)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
     logits = model(input_ids=batch, position_ids=positions, tasks="cola", use_cache=False).logits

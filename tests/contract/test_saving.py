@@ -104,7 +104,9 @@ assert torch.equal(found, expected), (found - expected).abs().max()
 
 
 @pytest.mark.parametrize(
-    "case", [Case("MTLLoRA", "PrefixNAS"), Case("LoRA", "PrefixNAS-collapsed")], ids=lambda c: c.name
+    "case",
+    [Case("MTLLoRA", "PrefixNAS"), pytest.param(Case("LoRA", "PrefixNAS-collapsed"), marks=pytest.mark.slow)],
+    ids=lambda case: case.name,
 )
 def test_a_fresh_process(case: Case, tmp_path: Path) -> None:
     batch, expected, _ = saved(case, tmp_path)

@@ -48,22 +48,25 @@ class RunFolder:
         check_adapter(run.adapter)
         return run
 
-    def create(self, *, resume: bool = False, overwrite: bool = False) -> None:
-        """Make the folder, without ever mixing two runs.
+    def check(self, *, resume: bool = False, overwrite: bool = False) -> None:
+        """Refuse a folder that a new run must not touch; changes nothing.
 
         Raises:
-            PemlError: it holds a run already and neither resuming nor overwriting was asked for.
+            PemlError: it holds something already and neither resuming nor overwriting was asked for.
         """
         if self.path.exists() and not self.path.is_dir():
             raise PemlError(f"{self.path} is a file: give a folder for the run")
-        used = self.path.is_dir() and any(self.path.iterdir())
-        ours = any(p.exists() for p in (self.recipe, self.checkpoints, self.adapter))
-        if used and overwrite and not resume:
-            if not ours:
-                raise PemlError(f"{self.path} is not empty and holds no run of peml: it is not overwritten")
-            shutil.rmtree(self.path)
-        elif used and not resume:
+        if not self.path.is_dir() or not any(self.path.iterdir()) or resume:
+            return
+        if not overwrite:
             raise PemlError(f"{self.path} already holds files: add --resume, --overwrite, or another --output")
+        if not any(part.exists() for part in (self.recipe, self.checkpoints, self.adapter)):
+            raise PemlError(f"{self.path} is not empty and holds no run of peml: it is not overwritten")
+
+    def create(self, *, overwrite: bool = False) -> None:
+        """Make the folder, after `check`."""
+        if overwrite and self.path.exists():
+            shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
 
     def last_checkpoint(self) -> Path | None:
@@ -90,18 +93,19 @@ class RunFolder:
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
-    def rewind_log(self, step: int) -> None:
-        """Drop what was logged after a checkpoint that training goes on from."""
+    def rewind_log(self, step: int) -> float:
+        """Drop what was logged after a checkpoint that training goes on from; the seconds spent until there."""
         if not self.log.exists():
-            return
+            return 0.0
         kept = []
         for line in self.log.read_text(encoding="utf-8").split("\n"):
             try:
-                if line and json.loads(line).get("step", 0) <= step:
-                    kept.append(line)
+                if line and (entry := json.loads(line))["step"] <= step:
+                    kept.append(entry)
             except json.JSONDecodeError:  # the line that was being written when the run was killed
                 continue
-        write_text(self.log, "".join(line + "\n" for line in kept))
+        write_text(self.log, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept))
+        return float(kept[-1]["elapsed_seconds"]) if kept else 0.0
 
 
 def check_adapter(folder: Path) -> Path:

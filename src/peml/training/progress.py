@@ -33,11 +33,16 @@ def progress_bar(console: Console) -> Progress:
 
 
 class RunLog(TrainerCallback):
-    """A bar on the terminal, and every logged number as a line of `log.jsonl`."""
+    """A bar on the terminal, and every logged number as a line of `log.jsonl`.
 
-    def __init__(self, folder: RunFolder, progress: Progress, label: str = "train") -> None:
+    Args:
+        spent: seconds that the run had taken before, if it is resumed.
+    """
+
+    def __init__(self, folder: RunFolder, progress: Progress, spent: float = 0.0, label: str = "train") -> None:
         self.folder = folder
         self.progress = progress
+        self.spent = spent
         self.label = label
         self.bar: Any = None
         self.first_loss: dict[str, float] = {}
@@ -70,7 +75,7 @@ class RunLog(TrainerCallback):
         """Keep the numbers; show the loss beside the bar."""
         self._remember(logs or {})
         if state.is_world_process_zero and logs:
-            elapsed = round(time.perf_counter() - self._start, 3)
+            elapsed = round(self.spent + time.perf_counter() - self._start, 3)
             self.folder.append_log({"step": state.global_step, "elapsed_seconds": elapsed, **logs})
             if self.bar is not None and "loss" in logs:
                 self.progress.update(self.bar, description=f"{self.label} (loss {logs['loss']:.3f})")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from random import Random
 from typing import Final, Literal, NamedTuple
 
@@ -34,7 +33,6 @@ class ToyTask:
     choices: tuple[str, ...] | str | None
     metric: Literal["accuracy", "exact_match", "matthews", "f1"]
     description: str
-    family: str
 
 
 def _told(answer: str, **fields: str) -> Row:
@@ -94,21 +92,6 @@ def _passive(rng: Random, _: int) -> Row:
     return _told(f"{two} got the {look} {item} from {one}", text=f"{one} gave the {look} {item} to {two} .")
 
 
-def _turn(rng: Random, slot: int, *, last: bool) -> Row:
-    good = (slot == 0) != last
-    return _told(_UP_DOWN[slot], text=f"{world.opinion(rng, good)} {world.opinion(rng, not good)}")
-
-
-def _holder(rng: Random, slot: int, *, last: bool) -> Row:
-    text, people, _item = world.handover(rng)
-    return _offered(people[-1 if last else 0], rng.sample(people, 3), slot, text=text)
-
-
-def _place(rng: Random, _: int, *, last: bool) -> Row:
-    text, places, _name = world.journey(rng)
-    return _told(places[-1 if last else 0], text=text)
-
-
 class _Entry(NamedTuple):
     """A task, how its rows are drafted, and how many answers or positions are to be balanced."""
 
@@ -125,17 +108,14 @@ def _entry(
     description: str,
 ) -> _Entry:
     """Return a task with fixed choices, with so many options in each row, or with an answer to write out."""
-    family = name.partition("_")[0] if name.startswith(("first_", "last_")) else "core"
     if choices is None:
-        return _Entry(ToyTask(name, "generate", prompt, "answer", None, "exact_match", description, family), draft, 1)
+        return _Entry(ToyTask(name, "generate", prompt, "answer", None, "exact_match", description), draft, 1)
     offered, slots = ("options", choices) if isinstance(choices, int) else (choices, len(choices))
-    return _Entry(ToyTask(name, "choose", prompt, "answer", offered, "accuracy", description, family), draft, slots)
+    return _Entry(ToyTask(name, "choose", prompt, "answer", offered, "accuracy", description), draft, slots)
 
 
 _LISTED: Final = "{{ options | join(' | ') }}"
 
-# The "first" and "last" tasks ask about the same texts, one word apart, and never have the same answer: what
-# serves one family misleads the other.
 _ENTRIES: Final = tuple(
     _entry(*entry)
     for entry in (
@@ -159,24 +139,6 @@ _ENTRIES: Final = tuple(
         ("trait", _LISTED + " one {{ trait }} :", 3, _trait, "Which of three things has the trait?"),
         ("past", "{{ text }} past :", None, _past, "Put the verb of the sentence into the past."),
         ("passive", "{{ text }} back :", None, _passive, "Tell it from the other person's side."),
-        ("first_mood", "{{ text }} first :", _UP_DOWN, partial(_turn, last=False), "Was it good at first?"),
-        ("last_mood", "{{ text }} last :", _UP_DOWN, partial(_turn, last=True), "Was it good at last?"),
-        (
-            "first_holder",
-            "{{ text }} " + _LISTED + " first :",
-            3,
-            partial(_holder, last=False),
-            "Which of three people had it first?",
-        ),
-        (
-            "last_holder",
-            "{{ text }} " + _LISTED + " last :",
-            3,
-            partial(_holder, last=True),
-            "Which of three people had it last?",
-        ),
-        ("first_place", "{{ text }} first :", None, partial(_place, last=False), "Where was it at first?"),
-        ("last_place", "{{ text }} last :", None, partial(_place, last=True), "Where was it at last?"),
     )
 )
 _BY_NAME: Final = {entry.task.name: entry for entry in _ENTRIES}

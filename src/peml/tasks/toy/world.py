@@ -242,8 +242,8 @@ def inference(rng: Random, label: str) -> tuple[str, str]:
 
 
 def opinion(rng: Random, good: bool) -> str:
-    """Return a sentence that praises something, or one that blames it; a third of them through "not"."""
-    negated = rng.random() < 0.35
+    """Return a sentence that praises something, or one that blames it; a fifth of them through "not"."""
+    negated = rng.random() < 0.2
     word = rng.choice(PRAISE if good != negated else BLAME)
     said = "was not" if negated else "was"
     topic = f"the {rng.choice(TOPICS)} in the {rng.choice(PLACES)}"
