@@ -81,7 +81,9 @@ def test_a_budget_that_is_too_small_is_refused() -> None:
 
 
 def test_settings_change_a_copy() -> None:
-    config = method("peml+mtl", ["a"], {"adapter.lambda_kind": "diag", "prompt.temperature": [2, 0.5]}, modules_to_save=["x"])
+    config = method(
+        "peml+mtl", ["a"], {"adapter.lambda_kind": "diag", "prompt.temperature": [2, 0.5]}, modules_to_save=["x"]
+    )
     assert isinstance(config.adapter, MTLLoRA) and config.adapter.lambda_kind == "diag"
     assert isinstance(config.prompt, PrefixNAS) and config.prompt.temperature == (2, 0.5)
     assert config.modules_to_save == ["x"]

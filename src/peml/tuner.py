@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -16,15 +14,16 @@ from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peml import attention, routing
+from peml import attention, routing, saving
 from peml.attention import PromptHost
 from peml.bank import BankLinear
 from peml.config import PemlConfig
 from peml.errors import PemlError
+from peml.hooks import ForwardHooks
 from peml.prompts import PrefixGenerator
 from peml.routing import Forward, Route, Tasks
 
-HOST = "prompt_host"
+HOST, HOOKS = "prompt_host", "_peml_hooks"
 
 
 class PemlModel(BaseTuner):
@@ -231,7 +230,7 @@ class PemlModel(BaseTuner):
     def _merged(self, config: PemlConfig) -> bool:
         return config.adapter is not None and config.adapter.needs_task and any(bank.merged for bank in self._banks())
 
-    def _open(self, tasks: Tasks | None, rows: int | None) -> Forward:
+    def open_forward(self, tasks: Tasks | None, rows: int | None) -> Forward:
         """Resolve the route of a batch and compute its prefix."""
         route, host = self._route(tasks, rows), self._prompt_host()
         prompt = None if host is None else host.active()
@@ -245,77 +244,20 @@ class PemlModel(BaseTuner):
         prefix = {slot: layer for slot, layer in enumerate(layers) if layer is not None}
         return replace(forward, prefix=prefix, generated=prompt.generated)
 
-    def _install_hooks(self) -> None:
-        """Open a `Forward` around every call of the base model.
+    def counts_positions(self) -> bool:
+        """Whether the model counts positions from the left, as decoders do."""
+        host = self._prompt_host()
+        return host is not None and host.causal
 
-        Hooks on the base, not an override of `forward` here: PEFT's wrappers, `generate` and models from
-        `AutoModel.from_pretrained(adapter_folder)` all reach the base by ways of their own. The hooks are methods,
-        not closures, so that a deep copy of the model gets its own.
-        """
-        model = self.model
-        if "_peml_hooks" in model.__dict__:
-            return
-        self._arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        model._peml_hooks = (
-            model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
-        )
-        if hasattr(model, "generate"):
-            self._generate = model.generate
-            model.generate = self._routed_generate
+    def _install_hooks(self) -> None:
+        if HOOKS not in self.model.__dict__:
+            # In the model's own dict: the hooks are no module of it, but go where it goes, deep copies included.
+            self.model.__dict__[HOOKS] = ForwardHooks(self, self.model)
 
     def _remove_hooks(self) -> None:
-        for handle in self.model.__dict__.pop("_peml_hooks", ()):
-            handle.remove()
-        self.model.__dict__.pop("generate", None)
-
-    def _enter(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        tasks = kwargs.pop("tasks", None)
-        forward = routing.surrounding(module, self.adapter_in_force)
-        if tasks is not None or forward is None or forward.prefix is None:
-            forward = self._open(tasks, self._rows(args, kwargs))
-        routing.enter(forward)
-        if module.training:
-            routing.bind_checkpointing(module)
-        if forward.prefix:
-            self._add_position_ids(args, kwargs)
-        return args, kwargs
-
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        routing.leave(module)
-
-    def _routed_generate(self, *args: Any, tasks: Tasks | None = None, **kwargs: Any) -> Any:
-        # Without gradients, and once: all steps of one generation share the prefix.
-        with torch.no_grad():
-            forward = self._open(tasks, self._rows(args, kwargs))
-        with routing.opened(replace(forward, prefix=forward.prefix or {})):
-            return self._generate(*args, **kwargs)
-
-    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the caller gives for a parameter of the model's `forward`, by name or by position."""
-        return kwargs.get(name, dict(zip(self._arguments, args, strict=False)).get(name))
-
-    def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-        """Rows of the batch, where it can be told."""
-        given = (*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")))
-        return next((batch.shape[0] for batch in given if isinstance(batch, Tensor) and batch.ndim > 1), None)
-
-    def _add_position_ids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Count positions from the attention mask when the caller gives none, as decoders need.
-
-        Prefix keys carry no rotary phase, so unlike without a prefix the offset of a left-padded row matters.
-        """
-        host, mask = self._prompt_host(), self._argument("attention_mask", args, kwargs)
-        batch = self._argument("input_ids", args, kwargs)
-        batch = self._argument("inputs_embeds", args, kwargs) if batch is None else batch
-        if host is None or not host.causal or batch is None or not isinstance(mask, Tensor) or mask.ndim != 2:
-            return
-        if self._argument("position_ids", args, kwargs) is not None or "position_ids" not in self._arguments:
-            return
-        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
-        kwargs["position_ids"] = positions[:, -batch.shape[1] :]
+        hooks = self.model.__dict__.pop(HOOKS, None)
+        if hooks is not None:
+            hooks.remove()
 
     # Merging and unloading
 
@@ -388,27 +330,23 @@ class PemlModel(BaseTuner):
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters of the active adapter by part: adapter, prompt, architecture."""
-        name = self.active_adapters[0]
-        banks = [
-            m.peml_adapter[name] for m in self.model.modules() if isinstance(m, BankLinear) and name in m.peml_adapter
-        ]
         architecture = [] if self.prompt is None else self.prompt.architecture_parameters()
         chosen = {id(p) for p in architecture}
         prompt = [] if self.prompt is None else [p for p in self.prompt.parameters() if id(p) not in chosen]
         return {
-            "adapter": [p for bank in banks for p in bank.parameters()],
+            "adapter": [p for adapter in self._adapters() for p in adapter.parameters()],
             "prompt": prompt,
             "architecture": architecture,
         }
 
     def per_task_parameters(self) -> set[int]:
         """`id` of every parameter that is stacked over tasks."""
-        name = self.active_adapters[0]
-        owners: list[Any] = [
-            m.peml_adapter[name] for m in self.model.modules() if isinstance(m, BankLinear) and name in m.peml_adapter
-        ]
-        owners += [] if self.prompt is None else [self.prompt]
+        owners = self._adapters() + ([] if self.prompt is None else [self.prompt])
         return {id(owner.get_parameter(key)) for owner in owners for key in owner.task_parameters}
+
+    def _adapters(self) -> list[Any]:
+        name = self.active_adapters[0]
+        return [bank.peml_adapter[name] for bank in self._banks() if name in bank.peml_adapter]
 
     def collapse_prompt(self) -> None:
         """Replace a generated prefix by the table of keys and values that it has become.
@@ -430,37 +368,15 @@ class PemlModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # Prompts nest their parameters, so the adapter's name is not at the fixed depth that PEFT expects.
-        return re.sub(rf"\.(peml_adapter|peml_prompt)\.{re.escape(adapter_name)}(?=\.)", r".\1", key)
+        return saving.without_adapter_name(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PemlConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         renamed: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        _check_fit(model, adapter_name, renamed)
+        saving.check_fit(model, adapter_name, renamed)
         return renamed
-
-
-def _check_fit(model: nn.Module, adapter_name: str, given: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are not exactly those of this adapter on this base; PEFT would only warn."""
-    mark = re.compile(rf"\.(peml_adapter|peml_prompt)\.{re.escape(adapter_name)}\.")
-    own = {key: value for key, value in model.state_dict().items() if mark.search(key)}
-    shapes = [k for k, v in own.items() if k in given and given[k].shape != v.shape]
-    if shapes:
-        key = shapes[0]
-        raise PemlError(
-            f"this adapter was trained on another base model: {key} is {list(given[key].shape)} in the file "
-            f"but {list(own[key].shape)} here; load it onto the base model that its adapter_config.json names"
-        )
-    missing, extra = sorted(own.keys() - given.keys()), sorted(k for k in given if mark.search(k) and k not in own)
-    extra += [k for k in given if "peml_" in k and k not in own and k not in extra]
-    if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which this model has not"
-        raise PemlError(
-            f"this adapter does not fit the model: the file {what} ({len(missing)} missing, {len(extra)} unexpected); "
-            "load it onto the base model that its adapter_config.json names"
-        )
 
 
 def count(parameters: list[torch.nn.Parameter]) -> int:

@@ -7,18 +7,18 @@ distribution and checkpoints are the Trainer's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.mixing import Mixing, MixtureSampler
 from peml.training.data import TaskRows
 from peml.training.loss import LossMeter, answer_tokens, task_mean, token_loss_by_task
+from peml.tuner import PemlModel
 
 FINETUNE_FRACTION = 0.1
 """Share of the training that follows the search, on the derived architecture: our choice."""
@@ -64,10 +64,12 @@ class MultiTaskTrainer(Trainer):
         # The collator's `tasks` is no argument of the base model's forward; transformers would drop it.
         args.remove_unused_columns = False
         self.mixing = mixing or Mixing()
-        self.tuner: Any = model.base_model
+        self.tuner = cast("PemlModel", model.base_model)
         self.task_names = list(train_dataset.task_names)
-        config: PemlConfig = self.tuner.config_in_force
-        assert self.task_names == config.task_names
+        config = self.tuner.config_in_force
+        if config is None or self.task_names != config.task_names:
+            trained = "none" if config is None else ", ".join(config.task_names)
+            raise PemlError(f"the data has the tasks {', '.join(self.task_names)}, the active adapter {trained}")
         self._rates = {"prompt": prompt_learning_rate, "architecture": architecture_learning_rate}
         self._weights = None if task_weights is None else torch.tensor([task_weights[n] for n in self.task_names])
         self._evaluate_tasks = evaluate_tasks
@@ -132,13 +134,13 @@ class MultiTaskTrainer(Trainer):
         # What `modules_to_save` made trainable goes with the adapter.
         parts["adapter"] += [p for p in self.model.parameters() if p.requires_grad and id(p) not in listed]
         decay, rate = self.args.weight_decay, self.args.learning_rate
-        config = self.tuner.config_in_force.prompt
+        prompt = self.tuner.config_in_force.prompt if self.tuner.config_in_force else None
         groups = [
             ("adapter", [p for p in parts["adapter"] if id(p) not in stacked], rate, decay),
             ("adapter per task", [p for p in parts["adapter"] if id(p) in stacked], rate, 0.0),
         ]
         for part in ("prompt", "architecture"):
-            own = getattr(config, f"{part}_learning_rate", rate)
+            own = getattr(prompt, f"{part}_learning_rate", rate)
             groups.append((part, parts[part], self._rates[part] or own, decay if part == "prompt" else 0.0))
         return [
             {"name": name, "params": trainable, "lr": lr, "weight_decay": wd}

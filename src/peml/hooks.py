@@ -1,0 +1,103 @@
+"""Hooks that open a `Forward` around every call of a base model.
+
+Hooks on the base, not an override of the tuner's `forward`: PEFT's wrappers, `generate` and models from
+`AutoModel.from_pretrained(adapter_folder)` all reach the base by ways of their own. They are methods, not closures,
+so that a deep copy of the model gets its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from peml import routing
+from peml.routing import Forward, Tasks
+
+
+class Opener(Protocol):
+    """What the hooks ask of the tuner."""
+
+    @property
+    def adapter_in_force(self) -> str | None:
+        """Name of the active adapter."""
+
+    def open_forward(self, tasks: Tasks | None, rows: int | None) -> Forward:
+        """Resolve the route of a batch and compute its prefix."""
+
+    def counts_positions(self) -> bool:
+        """Whether the model counts positions from the left, as decoders do."""
+
+
+class ForwardHooks:
+    """The hooks of one model; `remove` takes them off."""
+
+    def __init__(self, opener: Opener, model: Any) -> None:
+        self.opener = opener
+        self.model = model
+        self.arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.handles = (
+            model.register_forward_pre_hook(self.enter, with_kwargs=True),
+            model.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
+        )
+        if hasattr(model, "generate"):
+            self.original_generate = model.generate
+            model.generate = self.generate
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for handle in self.handles:
+            handle.remove()
+        self.model.__dict__.pop("generate", None)
+
+    def enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Take `tasks=` from the call and open its `Forward`, unless `generate` has opened one around it."""
+        tasks = kwargs.pop("tasks", None)
+        forward = routing.surrounding(module, self.opener.adapter_in_force)
+        if tasks is not None or forward is None or forward.prefix is None:
+            forward = self.opener.open_forward(tasks, self._rows(args, kwargs))
+        routing.enter(forward)
+        if module.training:
+            routing.bind_checkpointing(module)
+        if forward.prefix:
+            self._add_position_ids(args, kwargs)
+        return args, kwargs
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Close what `enter` opened."""
+        routing.leave(module)
+
+    def generate(self, *args: Any, tasks: Tasks | None = None, **kwargs: Any) -> Any:
+        """The model's `generate` with `tasks=`: all its steps share one prefix, computed without gradients."""
+        with torch.no_grad():
+            forward = self.opener.open_forward(tasks, self._rows(args, kwargs))
+        with routing.opened(replace(forward, prefix=forward.prefix or {})):
+            return self.original_generate(*args, **kwargs)
+
+    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the caller gives for a parameter of the model's `forward`, by name or by position."""
+        return kwargs.get(name, dict(zip(self.arguments, args, strict=False)).get(name))
+
+    def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """Rows of the batch, where it can be told."""
+        given = (*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")))
+        return next((batch.shape[0] for batch in given if isinstance(batch, Tensor) and batch.ndim > 1), None)
+
+    def _add_position_ids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count positions from the attention mask when the caller gives none.
+
+        Prefix keys carry no rotary phase, so unlike without a prefix the offset of a left-padded row matters.
+        """
+        mask, batch = (self._argument(name, args, kwargs) for name in ("attention_mask", "input_ids"))
+        batch = self._argument("inputs_embeds", args, kwargs) if batch is None else batch
+        if batch is None or not isinstance(mask, Tensor) or mask.ndim != 2 or not self.opener.counts_positions():
+            return
+        if self._argument("position_ids", args, kwargs) is not None or "position_ids" not in self.arguments:
+            return
+        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        kwargs["position_ids"] = positions[:, -batch.shape[1] :]
