@@ -1,8 +1,9 @@
 """Prompts: learned keys and values for attention, one file per paper. Needs neither transformers nor peft."""
 
+from peml.prompts.architecture import Architecture
 from peml.prompts.base import AttentionSlot, LayerPrefix, Prompt, PromptConfig
 from peml.prompts.prefix import PrefixTable, PrefixTuning
-from peml.prompts.prefix_nas import Architecture, PrefixGenerator, PrefixNAS
+from peml.prompts.prefix_nas import PrefixGenerator, PrefixNAS
 
 PROMPTS: dict[str, type[PromptConfig]] = {config.__name__: config for config in (PrefixTuning, PrefixNAS)}
 """Every prompt by the name that is stored with it."""

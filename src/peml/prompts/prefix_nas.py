@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peml.errors import PemlError
+from peml.prompts.architecture import Architecture
 from peml.prompts.base import AttentionSlot, LayerPrefix, Prompt, PromptConfig
 from peml.prompts.operations import (
     DEFAULT_OPERATIONS,
@@ -307,32 +308,3 @@ class PrefixGenerator(Prompt):
 def _forget(generator: PrefixGenerator, keys: object) -> None:
     """Read the structure anew after loading; a function of the module, not a lambda, because that can be pickled."""
     generator._derived = None
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a search found.
-
-    Args:
-        operations: one name per cell.
-        tokens: kept tokens per attention layer.
-        derived: whether the search is over; otherwise the operations are those of the largest weight so far.
-    """
-
-    operations: tuple[str, ...]
-    tokens: tuple[tuple[int, ...], ...]
-    derived: bool
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Prefix length per layer."""
-        return tuple(len(row) for row in self.tokens)
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain JSON."""
-        return {
-            "operations": list(self.operations),
-            "lengths": list(self.lengths),
-            "tokens": [list(row) for row in self.tokens],
-            "derived": self.derived,
-        }

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from transformers import TrainingArguments
 
 from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.methods import method, named
 from peml.mixing import Mixing
-from peml.tasks import FileSource, HubSource, Task, suite_tasks
-from peml.tasks.files import READERS
+from peml.tasks import Task
+from peml.training.entries import OwnEntry, Section, SuiteEntry, build_tasks, first_problem, near, read_entry
 
 FOREIGN_KEYS: Mapping[str, str] = {
     "base_model": "model",
@@ -41,73 +40,6 @@ FOREIGN_KEYS: Mapping[str, str] = {
     "output_dir": "train: {output_dir: ...}",
 }
 """Keys that other tools use for what a recipe calls otherwise."""
-
-
-def _texts(value: Any) -> Any:
-    # YAML reads yes, no and numbers as something else than the words that a task wants.
-    def text(item: Any) -> str:
-        return ("true" if item else "false") if isinstance(item, bool) else str(item)
-
-    return [text(item) for item in value] if isinstance(value, list) else value
-
-
-Texts = Annotated[list[str], BeforeValidator(_texts)]
-
-
-class Section(BaseModel):
-    """A part of the recipe; keys that it does not know are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class SuiteEntry(Section):
-    """Tasks of a built-in suite.
-
-    Args:
-        suite: name of the suite.
-        include, exclude: tasks to take or leave; None: all.
-        limit_train, limit_eval: most rows of each task, drawn by seed.
-        weight: of each of the tasks in the loss.
-    """
-
-    suite: str
-    include: list[str] | None = None
-    exclude: list[str] | None = None
-    limit_train: int | None = Field(None, gt=0)
-    limit_eval: int | None = Field(None, gt=0)
-    weight: float = Field(1.0, gt=0)
-
-
-class OwnEntry(Section):
-    """A task on the user's own rows; `path`, `split` and `revision` as in `datasets.load_dataset`.
-
-    Args:
-        name: the task's name.
-        path: file (jsonl, json, csv, tsv, parquet), local folder, or Hub id.
-        eval_path: file with rows to evaluate on; without one, `eval_fraction` of the training rows is held out.
-        subset: configuration name of a Hub data set.
-        split: names of the training and evaluation splits of a Hub data set.
-        kind, prompt, choices, answer, labels, metrics: as in `peml.Task`.
-    """
-
-    name: str
-    path: str
-    eval_path: str | None = None
-    subset: str | None = None
-    revision: str | None = None
-    split: dict[Literal["train", "eval"], str] = {}
-    eval_fraction: float | None = Field(None, gt=0, lt=1)
-    limit_train: int | None = Field(None, gt=0)
-    limit_eval: int | None = Field(None, gt=0)
-    kind: Literal["choose", "generate"]
-    prompt: str
-    answer: str
-    choices: Texts | str | None = None
-    labels: dict[Any, Any] = {}
-    metrics: list[str] = []
-    max_new_tokens: int = Field(16, gt=0)
-    length_normalization: bool = False
-    weight: float = Field(1.0, gt=0)
 
 
 class MixingSection(Section):
@@ -162,19 +94,18 @@ class Recipe(Section):
     trust_remote_code: bool = False
     tasks: list[SuiteEntry | OwnEntry] = Field(min_length=1)
     method: str = "peml"
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     mixing: MixingSection = MixingSection()
     balance: Literal["equal"] = "equal"
-    train: dict[str, Any] = {}
+    train: dict[str, Any] = Field(default_factory=dict)
     evaluate_before: bool = True
 
     @model_validator(mode="before")
     @classmethod
     def _entries(cls, data: Any) -> Any:
-        # Deciding by key, not by trial, keeps pydantic from reporting both readings of a faulty entry.
         if isinstance(data, dict) and isinstance(data.get("tasks"), list):
             data = dict(data)
-            data["tasks"] = [_entry(i, raw) for i, raw in enumerate(data["tasks"])]
+            data["tasks"] = [read_entry(i, raw) for i, raw in enumerate(data["tasks"])]
         return data
 
     @model_validator(mode="after")
@@ -182,7 +113,7 @@ class Recipe(Section):
         unknown = [key for key in self.train if key not in _ARGUMENTS and key not in _OWN_ARGUMENTS]
         if unknown:
             raise PemlError(
-                f"train.{unknown[0]} is not a training argument{_near(unknown[0], _ARGUMENTS | set(_OWN_ARGUMENTS))}"
+                f"train.{unknown[0]} is not a training argument{near(unknown[0], _ARGUMENTS | set(_OWN_ARGUMENTS))}"
             )
         for key, kinds in _OWN_ARGUMENTS.items():
             value = self.train.get(key)
@@ -201,11 +132,11 @@ class Recipe(Section):
 
     def build_tasks(self) -> list[Task]:
         """The tasks, in order; nothing is read yet."""
-        return [task for entry in self.tasks for task in _build(entry, self.seed)]
+        return [task for entry in self.tasks for task in build_tasks(entry, self.seed)]
 
     def task_weights(self) -> dict[str, float]:
         """Weight of each task in the loss."""
-        return {task.name: entry.weight for entry in self.tasks for task in _build(entry, self.seed)}
+        return {task.name: entry.weight for entry in self.tasks for task in build_tasks(entry, self.seed)}
 
     def config(self) -> PemlConfig:
         """The adapter's configuration."""
@@ -275,94 +206,12 @@ def load_recipe(path: str | Path) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise PemlError(f"{path}: {_first_problem(error, data)}") from None
+        raise PemlError(f"{path}: {_problem(error)}") from None
     except PemlError as error:
         raise PemlError(f"{path}: {error}") from None
 
 
-def _entry(index: int, raw: Any) -> Any:
-    if isinstance(raw, Section):
-        return raw
-    if isinstance(raw, str):
-        return SuiteEntry(suite=raw)
-    if not isinstance(raw, dict):
-        raise PemlError(f"tasks[{index}] must be a mapping with `suite`, or with `name` and `path`, not {raw!r}")
-    kind = SuiteEntry if "suite" in raw else OwnEntry
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        label = raw.get("name") or raw.get("suite") or index
-        raise PemlError(f"tasks[{label}]: {_first_problem(error, raw, kind)}") from None
-
-
-def _first_problem(error: ValidationError, data: Any, kind: type[BaseModel] | None = None) -> str:
-    """One sentence for the first thing that pydantic found."""
-    problem = error.errors(include_url=False)[0]
-    cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, PemlError):
-        return str(cause)
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        name = str(problem["loc"][-1])
-        allowed = list((kind or _section_of(problem["loc"])).model_fields)
-        if name in FOREIGN_KEYS and kind is None:
-            return f"{key} is called `{FOREIGN_KEYS[name]}` here"
-        return f"unknown key {key}{_near(name, allowed)}; allowed are {', '.join(allowed)}"
-    if problem["type"] == "missing":
-        return f"the key {key} is missing"
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"
-
-
-def _section_of(location: tuple[int | str, ...]) -> type[BaseModel]:
-    return MixingSection if location[0] == "mixing" and len(location) > 1 else Recipe
-
-
-def _near(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _build(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
-    """Tasks of one entry."""
-    limits: dict[str, Any] = {"limit_train": entry.limit_train, "limit_eval": entry.limit_eval, "seed": seed}
-    if isinstance(entry, SuiteEntry):
-        tasks = suite_tasks(entry.suite, entry.include, entry.exclude)
-        return [dataclasses.replace(t, source=dataclasses.replace(t.source, **limits)) for t in tasks]
-    is_file = Path(entry.path).suffix.lower() in READERS and not Path(entry.path).is_dir()
-    held_out = entry.eval_fraction
-    source: FileSource | HubSource
-    if is_file or entry.eval_path is not None:
-        if held_out is None and entry.eval_path is None:
-            held_out = 0.1
-        source = FileSource(train=entry.path, eval=entry.eval_path, eval_fraction=held_out, **limits)
-    else:
-        evaluation = None if held_out else entry.split.get("eval", "validation")
-        source = HubSource(
-            path=entry.path,
-            name=entry.subset,
-            train=entry.split.get("train", "train"),
-            eval=evaluation,
-            revision=entry.revision,
-            eval_fraction=held_out,
-            **limits,
-        )
-    choices = tuple(entry.choices) if isinstance(entry.choices, list) else entry.choices
-    labels = {_label(k): _label(v) for k, v in entry.labels.items()}
-    return [
-        Task(
-            name=entry.name,
-            kind=entry.kind,
-            prompt=entry.prompt,
-            answer=entry.answer,
-            choices=choices,
-            labels=labels,
-            metrics=tuple(entry.metrics),
-            max_new_tokens=entry.max_new_tokens,
-            length_normalization=entry.length_normalization,
-            source=source,
-        )
-    ]
-
-
-def _label(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _problem(error: ValidationError) -> str:
+    location = error.errors(include_url=False)[0]["loc"]
+    section = MixingSection if location[:1] == ("mixing",) and len(location) > 1 else Recipe
+    return first_problem(error, list(section.model_fields), FOREIGN_KEYS)

@@ -1,0 +1,178 @@
+"""The entries under `tasks` of a recipe: suites, and tasks on the user's own rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from peml.errors import PemlError
+from peml.tasks import FileSource, HubSource, Task, suite_tasks
+from peml.tasks.files import READERS
+
+
+def _texts(value: Any) -> Any:
+    # YAML reads yes, no and numbers as something else than the words that a task wants.
+    def text(item: Any) -> str:
+        return ("true" if item else "false") if isinstance(item, bool) else str(item)
+
+    return [text(item) for item in value] if isinstance(value, list) else value
+
+
+Texts = Annotated[list[str], BeforeValidator(_texts)]
+
+
+class Section(BaseModel):
+    """A part of the recipe; keys that it does not know are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class SuiteEntry(Section):
+    """Tasks of a built-in suite.
+
+    Args:
+        suite: name of the suite.
+        include, exclude: tasks to take or leave; None: all.
+        limit_train, limit_eval: most rows of each task, drawn by seed.
+        weight: of each of the tasks in the loss.
+    """
+
+    suite: str
+    include: list[str] | None = None
+    exclude: list[str] | None = None
+    limit_train: int | None = Field(None, gt=0)
+    limit_eval: int | None = Field(None, gt=0)
+    weight: float = Field(1.0, gt=0)
+
+
+class OwnEntry(Section):
+    """A task on the user's own rows; `path`, `split` and `revision` as in `datasets.load_dataset`.
+
+    Args:
+        name: the task's name.
+        path: file (jsonl, json, csv, tsv, parquet), local folder, or Hub id.
+        eval_path: file with rows to evaluate on; without one, `eval_fraction` of the training rows is held out.
+        subset: configuration name of a Hub data set.
+        split: names of the training and evaluation splits of a Hub data set.
+        kind, prompt, choices, answer, labels, metrics: as in `peml.Task`.
+    """
+
+    name: str
+    path: str
+    eval_path: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    split: dict[Literal["train", "eval"], str] = {}
+    eval_fraction: float | None = Field(None, gt=0, lt=1)
+    limit_train: int | None = Field(None, gt=0)
+    limit_eval: int | None = Field(None, gt=0)
+    kind: Literal["choose", "generate"]
+    prompt: str
+    answer: str
+    choices: Texts | str | None = None
+    labels: dict[Any, Any] = {}
+    metrics: list[str] = []
+    max_new_tokens: int = Field(16, gt=0)
+    length_normalization: bool = False
+    weight: float = Field(1.0, gt=0)
+
+
+def read_entry(index: int, raw: Any) -> Any:
+    """One entry of `tasks`: the name of a suite, or a mapping.
+
+    Deciding by key, not by trial, keeps pydantic from reporting both readings of a faulty entry.
+
+    Raises:
+        PemlError: naming the entry and the key.
+    """
+    if isinstance(raw, Section):
+        return raw
+    if isinstance(raw, str):
+        return SuiteEntry(suite=raw)
+    if not isinstance(raw, dict):
+        raise PemlError(f"tasks[{index}] must be a mapping with `suite`, or with `name` and `path`, not {raw!r}")
+    kind = SuiteEntry if "suite" in raw else OwnEntry
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        label = raw.get("name") or raw.get("suite") or index
+        raise PemlError(f"tasks[{label}]: {first_problem(error, list(kind.model_fields))}") from None
+
+
+def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
+    """Tasks of one entry; nothing is read yet."""
+    limits: dict[str, Any] = {"limit_train": entry.limit_train, "limit_eval": entry.limit_eval, "seed": seed}
+    if isinstance(entry, SuiteEntry):
+        tasks = suite_tasks(entry.suite, entry.include, entry.exclude)
+        return [dataclasses.replace(t, source=dataclasses.replace(t.source, **limits)) for t in tasks]
+    is_file = Path(entry.path).suffix.lower() in READERS and not Path(entry.path).is_dir()
+    held_out = entry.eval_fraction
+    source: FileSource | HubSource
+    if is_file or entry.eval_path is not None:
+        if held_out is None and entry.eval_path is None:
+            held_out = 0.1
+        source = FileSource(train=entry.path, eval=entry.eval_path, eval_fraction=held_out, **limits)
+    else:
+        evaluation = None if held_out else entry.split.get("eval", "validation")
+        source = HubSource(
+            path=entry.path,
+            name=entry.subset,
+            train=entry.split.get("train", "train"),
+            eval=evaluation,
+            revision=entry.revision,
+            eval_fraction=held_out,
+            **limits,
+        )
+    choices = tuple(entry.choices) if isinstance(entry.choices, list) else entry.choices
+    labels = {_label(k): _label(v) for k, v in entry.labels.items()}
+    return [
+        Task(
+            name=entry.name,
+            kind=entry.kind,
+            prompt=entry.prompt,
+            answer=entry.answer,
+            choices=choices,
+            labels=labels,
+            metrics=tuple(entry.metrics),
+            max_new_tokens=entry.max_new_tokens,
+            length_normalization=entry.length_normalization,
+            source=source,
+        )
+    ]
+
+
+def _label(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def first_problem(error: ValidationError, allowed: Sequence[str], foreign: Mapping[str, str] | None = None) -> str:
+    """One sentence for the first thing that pydantic found.
+
+    Args:
+        allowed: keys of the section where it was found.
+        foreign: what keys of other tools are called here.
+    """
+    problem = error.errors(include_url=False)[0]
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, PemlError):
+        return str(cause)
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        name = str(problem["loc"][-1])
+        if foreign is not None and name in foreign:
+            return f"{key} is called `{foreign[name]}` here"
+        return f"unknown key {key}{near(name, allowed)}; allowed are {', '.join(allowed)}"
+    if problem["type"] == "missing":
+        return f"the key {key} is missing"
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """A question after the nearest known name, if one is near."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
