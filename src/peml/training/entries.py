@@ -154,6 +154,7 @@ def first_problem(error: ValidationError, allowed: Sequence[str], foreign: Mappi
     """One sentence for the first thing that pydantic found.
 
     Args:
+        error: its complaint.
         allowed: keys of the section where it was found.
         foreign: what keys of other tools are called here.
     """
