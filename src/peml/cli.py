@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -25,7 +26,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+# Under `accelerate launch` every process runs this file; the first one speaks.
+console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 @app.command()

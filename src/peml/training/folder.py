@@ -70,13 +70,20 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end; incomplete ones are removed."""
-        found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-        for checkpoint in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        """The newest checkpoint that was written to its end."""
+        return next((checkpoint for checkpoint in self._checkpoints() if _complete(checkpoint)), None)
+
+    def drop_incomplete(self) -> None:
+        """Remove what is newer than the last complete checkpoint: the write that a kill interrupted."""
+        for checkpoint in self._checkpoints():
             if _complete(checkpoint):
-                return checkpoint
+                break
             shutil.rmtree(checkpoint)
-        return None
+
+    def _checkpoints(self) -> list[Path]:
+        """Newest first."""
+        found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+        return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
 
     def write_json(self, path: Path, content: Mapping[str, Any]) -> None:
         """Replace a JSON file in one step."""

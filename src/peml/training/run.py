@@ -57,8 +57,10 @@ def train(
     name = Path(recipe).stem if isinstance(recipe, str | Path) else "run"
     recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
     folder = RunFolder(output or recipe.train.get("output_dir") or Path("runs") / name)
-    console = console or Console(quiet=True)
     arguments = recipe.training_arguments(str(folder.checkpoints))
+    # Under `accelerate launch` all processes read and compute, and one writes.
+    main, wait = arguments.process_index == 0, arguments.distributed_state.wait_for_everyone
+    console = console if console is not None and main else Console(quiet=True)
     folder.check(resume=resume, overwrite=overwrite)
     if resume:
         _same_recipe(recipe, folder)
@@ -69,11 +71,16 @@ def train(
         config = recipe.config()
         set_seed(recipe.seed)
         model = get_peft_model(bench.model, config)
-    folder.create(overwrite=overwrite and not resume)
+    wait()
+    if main:
+        folder.create(overwrite=overwrite and not resume)
+        folder.drop_incomplete()
+    wait()
     checkpoint = folder.last_checkpoint() if resume else None
     if resume:
         console.print(f"going on from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting at step 0")
-    write_text(folder.recipe, recipe.to_yaml())
+    if main:
+        write_text(folder.recipe, recipe.to_yaml())
     for task, shortened in rows.truncated().items():
         if shortened:
             console.print(f"[yellow]{task}: {shortened} prompts lost their beginning to max_length[/]")
@@ -82,9 +89,10 @@ def train(
         if "before" not in metrics and recipe.evaluate_before:
             with model.disable_adapter():
                 metrics["before"] = bench.evaluate(model, progress)
-            folder.write_json(folder.metrics, metrics)
+            if main:
+                folder.write_json(folder.metrics, metrics)
         # A resumed run goes on counting: its bill is that of all its parts.
-        spent = folder.rewind_log(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+        spent = folder.rewind_log(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0) if main else 0.0
         log = RunLog(folder, progress, spent)
         trainer = MultiTaskTrainer(
             model,
@@ -121,8 +129,10 @@ def train(
     }
     if isinstance(tuner.prompt, PrefixGenerator):
         metrics["architecture"] = tuner.prompt.architecture().to_dict()
-    _save(model, folder)
-    folder.write_json(folder.metrics, metrics)
+    if main:
+        _save(model, folder)
+        folder.write_json(folder.metrics, metrics)
+    wait()
     return folder
 
 

@@ -1,0 +1,40 @@
+"""Two processes on one machine train to what one process does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peml.training import train
+from workshop import recipe, write_recipe
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mtl-lora", "peml"])
+def test_two_processes_equal_one(tmp_path: Path, method: str) -> None:
+    base = recipe(tmp_path)
+    settings = {key: value for key, value in base["set"].items() if method == "peml"}
+    # Plain gradient descent: Adam would blow differences of rounding up to the size of its step.
+    arguments = base["train"] | {"max_steps": 5, "optim": "sgd", "max_grad_norm": 0.0, "use_cpu": True}
+    arguments |= {"prompt_learning_rate": 1e-2, "architecture_learning_rate": 1e-2, "logging_steps": 1}
+    one = train(write_recipe(tmp_path, method=method, set=settings, train=arguments), tmp_path / "one")
+
+    halves = arguments | {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
+    path = write_recipe(tmp_path, method=method, set=settings, train=halves)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "peml"]
+    command = [*launch, "train", str(path), "--output", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    expected, given = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert expected.keys() == given.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(given[key], value, rtol=1e-3, atol=1e-6, msg=key)
+    losses = [one.read_metrics()["train_loss"], type(one)(tmp_path / "two").read_metrics()["train_loss"]]
+    for task, ends in losses[0].items():
+        assert ends["first"] == pytest.approx(losses[1][task]["first"], rel=1e-4)
