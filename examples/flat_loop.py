@@ -1,0 +1,84 @@
+"""PEML's training loop written flat: no Trainer, no recipe, nothing hidden.
+
+`peml train recipes/toy.yaml` does the same with the library (`src/peml/training/`). Run it from a checkout:
+`python examples/flat_loop.py --steps 300`.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from peft import get_peft_model
+
+import peml
+from peml.evaluation import average, evaluate_tasks
+from peml.mixing import Mixing, MixtureSampler
+from peml.tasks import suite_tasks
+from peml.training.data import Collator, TaskRows
+from peml.training.loss import answer_tokens, task_mean, token_loss_by_task
+from peml.training.recipe import Recipe
+from peml.training.workbench import load_base
+
+BATCH, LENGTH = 32, 64
+
+
+def main(steps: int, seed: int = 0) -> float:
+    """Train on the toy tasks; returns the average score on held-out rows."""
+    torch.manual_seed(seed)
+    tokenizer, base = load_base(Recipe(model="toy", tasks=["toy"]))
+    tasks = {task.name: task for task in suite_tasks("toy")}
+    rows = TaskRows.encode(tokenizer, {name: task.examples("train") for name, task in tasks.items()}, LENGTH)
+
+    config = peml.PemlConfig(
+        task_names=list(tasks),
+        adapter=peml.LoRA(r=4, lora_alpha=8),
+        prompt=peml.PrefixNAS(num_virtual_tokens=16, width=64, embedding_dim=32, head_rank=32, budget_tokens=8),
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config)
+    tuner = model.base_model
+    rates = {"adapter": 4e-3, "prompt": 4e-3, "architecture": 2e-2}
+    optimizer = torch.optim.AdamW(
+        [{"params": params, "lr": rates[part]} for part, params in tuner.parts().items()], weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    sampler = MixtureSampler(rows.row_tasks, Mixing(), seed, BATCH, num_samples=steps * BATCH)
+    order = list(sampler)
+    collate, search_steps = Collator(tokenizer.pad_token_id), round(0.9 * steps)
+
+    model.train()
+    for step in range(steps):
+        # The search: temperature and warm-up follow progress; for the last tenth the architecture is fixed.
+        tuner.prompt.set_progress(min(1.0, step / search_steps))
+        if step == search_steps:
+            tuner.prompt.derive()
+        batch = collate([rows[i] for i in order[step * BATCH : (step + 1) * BATCH]])
+        labels = batch.pop("labels")
+        logits = model(**batch).logits
+        sums = token_loss_by_task(logits, labels, batch["tasks"], len(tasks))
+        loss = task_mean(sums, answer_tokens(labels, batch["tasks"], len(tasks)))
+        loss = loss + sum(tuner.prompt.penalties().values())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step + 1 == steps:
+            print(f"step {step:4d}  loss {loss.item():.3f}")
+
+    held_out = {name: task.examples("eval") for name, task in tasks.items()}
+    results = evaluate_tasks(model, tokenizer, held_out, tasks, max_length=LENGTH, batch_size=128)
+    for name, scores in results.items():
+        print(f"{name:12s} {next(iter(scores.values())):.3f}")
+    found = tuner.prompt.architecture()
+    print("cells", " -> ".join(found.operations), " tokens per layer", found.lengths)
+    return average(results, tasks)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    print(f"average {main(arguments.steps, arguments.seed):.3f}")
