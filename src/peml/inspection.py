@@ -123,11 +123,11 @@ def show(found: Inspection, console: Console) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()
-    table.add_row("adapter in", str(found.path))
-    table.add_row("base model", str(config.base_model_name_or_path))
-    table.add_row("tasks", ", ".join(config.task_names))
-    table.add_row("adapter", _settings(config.adapter))
-    table.add_row("prompt", _settings(config.prompt))
+    table.add_row("folder", Text(str(found.path)))
+    table.add_row("base model", Text(str(config.base_model_name_or_path)))
+    table.add_row("tasks", Text(", ".join(config.task_names)))
+    table.add_row("adapter", Text(_settings(config.adapter)))
+    table.add_row("prompt", Text(_settings(config.prompt)))
     if found.architecture is not None:
         table.add_row("architecture", architecture_view(found.architecture))
     elif found.lengths is not None:

@@ -49,9 +49,10 @@ def _lora(config: PemlConfig) -> Target:
     name = "stock LoRA adapter"
     if config.adapter is None:
         return Target(name, False, "there is no low-rank part")
-    without = " (without the prefix)" if config.prompt is not None else ""
-    each = "one per task" if config.adapter.needs_task else "one for all tasks"
-    return Target(name, True, f"{each}, exact at rank {getattr(config.adapter, 'r', '?')}{without}")
+    without = ", without the prefix" if config.prompt is not None else ""
+    each = "one per task: select_task(...), then " if config.adapter.needs_task else "one for all tasks: "
+    rank = getattr(config.adapter, "r", "R")
+    return Target(name, True, f"{each}peft.save_as_lora(folder, model, rank={rank}){without}")
 
 
 def _prefix(config: PemlConfig, lengths: Sequence[int] | None, unit_gates: bool) -> Target:
