@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,13 @@ from peml.export import export_targets
 def test_the_stock_lora_of_a_task_equals_it(adapter: peml.adapters.AdapterConfig, tmp_path: Path) -> None:
     config = peml.PemlConfig(task_names=TASKS, adapter=adapter, task_type="CAUSAL_LM")
     assert next(t for t in export_targets(config) if t.name == "stock LoRA adapter").possible
-    model = get_peft_model(tiny(), config).double().eval()
+    base = tiny()
+    model = get_peft_model(copy.deepcopy(base), config).double().eval()
     shake([p for p in model.parameters() if p.requires_grad], 0.2)
     model.base_model.select_task("sst2")
     batch = tokens(2, 5)
     save_as_lora(str(tmp_path), model, rank=3)
-    stock = PeftModel.from_pretrained(tiny(), str(tmp_path)).eval()
+    stock = PeftModel.from_pretrained(base, str(tmp_path)).eval()
     expected = model(input_ids=batch, tasks="sst2").logits
     torch.testing.assert_close(stock(input_ids=batch).logits, expected, rtol=1e-4, atol=1e-4)
 
