@@ -114,7 +114,7 @@ def list_tasks(suite: Annotated[str | None, typer.Argument(help="One suite; defa
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(min=10, help="Steps of each method.")] = 300,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of each method.")] = 400,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False,
 ) -> None:
