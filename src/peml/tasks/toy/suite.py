@@ -184,10 +184,11 @@ def toy_rows(task: str, split: Literal["train", "test"], n: int, seed: int = 0) 
         key = repr(row)
         if key in seen or _split_of(row) != split:
             misses += 1
-            if misses > 1000 + 100 * n:
+            if misses > 2000:
                 raise ValueError(f"toy task {task!r} has not as many as {n} distinct {split} rows")
             continue
         seen.add(key)
+        misses = 0
         rows.append(row)
     rng.shuffle(rows)
     return rows
