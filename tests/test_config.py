@@ -4,9 +4,10 @@ import dataclasses
 import json
 
 import pytest
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model
 
 import peml
+from models import tiny
 from peml import PemlConfig, PemlError
 from peml.adapters import ADAPTERS
 from peml.config import changed, part_from_dict, part_to_dict
@@ -117,3 +118,28 @@ def test_a_task_named_by_one_string_is_refused() -> None:
 def test_scaling(scale) -> None:
     config, expected = scale
     assert config.scaling == expected and peml.MTLLoRA(r=4, lora_alpha=2).scaling == 0.5
+
+
+@pytest.mark.parametrize(("layers", "expected"), [([0], {0}), (1, {1}), ([0, 1], {0, 1})])
+def test_layers_to_transform_holds_for_all_linear_layers(layers: list[int] | int, expected: set[int]) -> None:
+    config = peml.PemlConfig(task_names=["a"], adapter=peml.LoRA(r=2), layers_to_transform=layers)
+    model = get_peft_model(tiny(), config)
+    names = [name for name, _ in model.named_parameters() if "peml_adapter" in name]
+    assert {int(name.split(".layers.")[1].split(".")[0]) for name in names} == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task_names": ["a", 2]}, "task_names must be texts"),
+        ({"task_names": None}, "task_names is empty"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of module names"),
+        ({"layers_to_transform": "x"}, "layers_to_transform must be a list of layer indices"),
+        ({"adapter": peml.PrefixTuning(2)}, "adapter must be one of"),
+    ],
+)
+def test_fields_of_the_wrong_type_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(PemlError, match=message):
+        peml.PemlConfig(**({"task_names": ["a"], "adapter": peml.LoRA()} | settings))  # type: ignore[arg-type]
+    with pytest.raises(PemlError, match="adapter.r must be"):
+        peml.LoRA(r="8")  # type: ignore[arg-type]

@@ -70,7 +70,20 @@ def task(index: int = 0, drop: str | None = None, **changes: Any) -> Callable[[d
         ),
         (change(train={"max_length": "long"}), r"train.max_length must be int, not 'long'"),
         (change(train={"lr_scheduler_type": "wavy"}), r"train: .*wavy"),
-        (change(train={"finetune_fraction": 1.5}), r"train.finetune_fraction must be in \[0, 1\), not 1.5"),
+        (change(train={"finetune_fraction": 1.5}), r"train.finetune_fraction must be below 1, not 1.5"),
+        (change(train={"max_steps": True}), r"train.max_steps must be int, not True"),
+        (change(train={"max_steps": 0}), r"train.max_steps must be 1 or more, not 0"),
+        (change(train={"learning_rate": float("nan")}), r"train.learning_rate must be float, not nan"),
+        (change(train={"prompt_learning_rate": -1}), r"train.prompt_learning_rate must be 0 or more, not -1"),
+        (change(train={"per_device_eval_batch_size": -2}), r"train.per_device_eval_batch_size must be 1 or more"),
+        (change(train={"dtype": "half"}), r"train.dtype must be .*float16.*, not 'half'"),
+        (change(train={"hub_token": "secret"}), r"train.hub_token cannot be set: set HF_TOKEN"),
+        (change(set={"prompt.cost_weight": float("inf")}), r"set.prompt.cost_weight must be a number, not inf"),
+        (change(set={"task_type": "SEQ_CLS"}), r"set.task_type is unknown"),
+        (change(set={"adapter": {"rank": 2}}), r"set.adapter.rank is not a setting of LoRA"),
+        (task(choices=[True, False]), r"tasks\[size\]: YAML reads yes, no, on, off, true and false as booleans"),
+        (task(labels={True: True, False: False}), r"YAML reads yes, no"),
+        (task(path=""), r"tasks\[size\]: path: string should have at least 1 character"),
         (change(set={"adapter.rank": 4}), r"set.adapter.rank is not a setting of LoRA \(.*lora_alpha.*\)"),
         (change(set={"adapter.r": "four"}), r"set.adapter.r must be a whole number, not 'four'"),
         (change(set={"adapter.r": 0}), r"adapter.r must be above 0, not 0"),
@@ -127,3 +140,26 @@ def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(PemlError, match="is a folder"):
         load_recipe(tmp_path)
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    text = path.read_text(encoding="utf-8").replace("learning_rate: 0.01", "learning_rate: 3e-4")
+    path.write_text(text, encoding="utf-8")
+    assert yaml.safe_load(text)["train"]["learning_rate"] == "3e-4"
+    assert load_recipe(path).training_arguments(str(tmp_path / "out")).learning_rate == 3e-4
+
+
+def test_empty_sections_are_empty(tmp_path: Path) -> None:
+    data = recipe(tmp_path, method="lora") | {"set": None, "train": None, "mixing": None}
+    assert Recipe.model_validate(data).setting("max_steps") == 1000
+
+
+def test_local_paths_are_absolute_in_the_resolved_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    data = recipe(tmp_path) | {"model": "model"}
+    data["tasks"][0]["path"] = "train.jsonl"
+    resolved = yaml.safe_load(Recipe.model_validate(data).to_yaml())
+    assert resolved["model"] == str(tmp_path / "model")
+    assert resolved["tasks"][0]["path"] == str(tmp_path / "train.jsonl")

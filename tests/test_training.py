@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from peml import MTLLoRA, PemlError
 from peml.inspection import inspect_folder
@@ -187,22 +189,127 @@ def test_the_best_checkpoint_can_be_chosen_by_the_average_over_tasks(tmp_path: P
     folder = run(tmp_path, "run", method="lora", set={}, train=arguments)
     log = [json.loads(line) for line in folder.log.read_text().splitlines()]
     averages = [entry["eval_average"] for entry in log if "eval_average" in entry]
-    assert len(averages) == 3 and {"eval_size/accuracy", "eval_color/exact_match"} <= set(log[-2]) | set(log[-1])
+    assert len(averages) == 3 and {"eval_size/accuracy", "eval_color/exact_match"} <= {
+        key for entry in log for key in entry
+    }
     assert folder.read_metrics()["average"]["after"] == pytest.approx(max(averages))
 
 
-def test_runs_are_never_mixed(tmp_path: Path) -> None:
+def test_runs_are_never_mixed_and_nothing_of_others_is_removed(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, method="lora", set={}, evaluate_before=False)
     train(path, tmp_path / "run")
     with pytest.raises(PemlError, match=r"run already holds files: add --resume, --overwrite, or another --output"):
         train(path, tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
     train(path, tmp_path / "run", overwrite=True)
-    other = tmp_path / "mine"
-    other.mkdir()
-    (other / "thesis.txt").write_text("all my work")
-    with pytest.raises(PemlError, match="holds no run of peml: it is not overwritten"):
-        train(path, other, overwrite=True)
-    assert (other / "thesis.txt").exists()
+    assert (tmp_path / "run" / "notes.txt").exists()
+    with pytest.raises(PemlError, match="contradict each other"):
+        train(path, tmp_path / "run", overwrite=True, resume=True)
+    # A project of the user's, with a recipe and checkpoints of its own, is no run.
+    (tmp_path / "checkpoints").mkdir()
+    for how in ("overwrite", "resume"):
+        with pytest.raises(PemlError, match="holds no run of peml: it is not"):
+            train(path, tmp_path, **{how: True})  # type: ignore[arg-type]
+    assert path.exists() and (tmp_path / "train.jsonl").exists()
+
+
+@pytest.mark.parametrize("arguments", [{"adam_beta1": 2.0}, {"lr_scheduler_kwargs": {"bad": 1}}, {"optim": "nope"}])
+def test_what_is_refused_late_leaves_an_old_run_whole(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    folder = train(write_recipe(tmp_path, method="lora", set={}, evaluate_before=False), tmp_path / "run")
+    before = weights(folder)
+    wrong = recipe(tmp_path)["train"] | arguments
+    path = write_recipe(tmp_path, method="lora", set={}, evaluate_before=False, train=wrong)
+    with pytest.raises(PemlError, match="train: "):
+        train(path, folder.path, overwrite=True)
+    assert all(torch.equal(value, before[key]) for key, value in weights(folder).items())
+    with pytest.raises(PemlError, match="train: "):
+        train(path, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "peml"])
+def test_a_run_that_only_lacks_its_end_is_finished_without_a_further_step(tmp_path: Path, method: str) -> None:
+    arguments = recipe(tmp_path)["train"] | {"max_steps": 6, "save_steps": 3, "lr_scheduler_type": "constant"}
+    settings = recipe(tmp_path)["set"] if method == "peml" else {}
+    path = write_recipe(tmp_path, method=method, set=settings, evaluate_before=False, train=arguments)
+    folder = train(path, tmp_path / "run")
+    expected, metrics = weights(folder), folder.read_metrics()
+    assert train(path, folder.path, resume=True).read_metrics() == metrics, "a finished run stays as it is"
+    # As if killed during the last evaluation.
+    shutil.rmtree(folder.adapter)
+    folder.write_json(folder.metrics, {"data": metrics["data"]})
+    resumed = train(path, folder.path, resume=True)
+    assert resumed.read_metrics()["steps"] == 6 and resumed.read_metrics()["after"] == metrics["after"]
+    assert resumed.read_metrics()["train_loss"] == metrics["train_loss"]
+    assert all(torch.equal(value, expected[key]) for key, value in weights(resumed).items())
+
+
+def test_other_rows_and_checkpoints_without_optimizer_are_not_resumed(tmp_path: Path) -> None:
+    arguments = recipe(tmp_path)["train"] | {"max_steps": 6, "save_steps": 2}
+    path = write_recipe(tmp_path, method="lora", set={}, evaluate_before=False, train=arguments)
+    folder = train(path, tmp_path / "run")
+    shutil.rmtree(folder.adapter)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"text": "big red cat", "big": true, "color": "red"}\n')
+    with pytest.raises(PemlError, match="--resume: the rows are not those"):
+        train(path, folder.path, resume=True)
+    path = write_recipe(tmp_path, method="lora", set={}, evaluate_before=False, train=arguments)
+    for file in folder.checkpoints.rglob("optimizer.pt"):
+        file.unlink()
+    with pytest.raises(PemlError, match="saved without its optimizer"):
+        train(path, folder.path, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    arguments = recipe(tmp_path)["train"] | {"learning_rate": 1e30, "max_grad_norm": 0.0}
+    path = write_recipe(tmp_path, method="lora", set={}, evaluate_before=False, train=arguments)
+    with pytest.raises(PemlError, match="training diverged: the loss of task '.*' is not finite at step"):
+        train(path, tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_evaluation_during_training_leaves_the_logged_losses_alone(tmp_path: Path) -> None:
+    arguments = recipe(tmp_path)["train"] | {"max_steps": 4}
+    plain = run(tmp_path, "plain", method="lora", set={}, train=arguments)
+    busy = run(tmp_path, "busy", method="lora", set={}, train=arguments | {"eval_strategy": "steps", "eval_steps": 1})
+    assert plain.read_metrics()["train_loss"] == busy.read_metrics()["train_loss"]
+
+
+def test_models_that_are_not_causal_or_not_whole_are_refused(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, method="lora", set={})
+    stored = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(stored)
+    save_file({k: v for k, v in tensors.items() if "layers.1.mlp" not in k}, stored, metadata={"format": "pt"})
+    with pytest.raises(PemlError, match="lacks the weights of .*layers.1.mlp"):
+        train(path, tmp_path / "run")
+    size = len(AutoTokenizer.from_pretrained(tmp_path / "model"))
+    stored.unlink()
+    small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    BertForMaskedLM(BertConfig(vocab_size=size, max_position_embeddings=64, **small)).save_pretrained(
+        tmp_path / "model"
+    )
+    with pytest.raises(PemlError, match=r"no causal language model|lacks the weights"):
+        train(path, tmp_path / "run")
+    for file in (tmp_path / "model").glob("token*"):
+        file.unlink()
+    with pytest.raises(PemlError, match="model: .*"):
+        train(path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_are_cut_to_the_positions_that_the_model_has(tmp_path: Path) -> None:
+    arguments = recipe(tmp_path)["train"] | {"max_length": 4096, "max_steps": 1}
+    folder = run(tmp_path, "run", method="lora", set={}, train=arguments)
+    bench, _ = open_run(folder.path)
+    assert bench.max_length == 64
+
+
+def test_modules_to_save_are_counted(tmp_path: Path) -> None:
+    folder = run(tmp_path, "run", method="lora", set={"modules_to_save": ["lm_head"]})
+    counts = folder.read_metrics()["parameters"]
+    assert counts["other"] == 24 * 33 and counts["adapter"] > 0
+    with pytest.raises(PemlError, match="modules_to_save names 'nope'"):
+        run(tmp_path, "other", method="lora", set={"modules_to_save": ["nope"]})
 
 
 def test_bad_rows_stop_before_anything_is_written(tmp_path: Path) -> None:

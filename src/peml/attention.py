@@ -140,7 +140,10 @@ def _probe(model: PreTrainedModel) -> list[tuple[nn.Module, AttentionSlot, int]]
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
+        # A ready-made mask, because making one asks for values that a model on the meta device has not.
+        mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=model.device)
+        ready = {"attention_mask": mask} if model.device.type == "meta" else {}
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), **ready)
     finally:
         for module in training:
             module.training = True

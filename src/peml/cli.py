@@ -44,7 +44,9 @@ def train(
     metrics = folder.read_metrics()
     console.print(_scores(metrics, [when for when in ("before", "after") if when in metrics]))
     count = sum(metrics["parameters"].values())
-    console.print(f"{count:,} trained parameters, {metrics['train_seconds']:.0f} s of training, run in {folder.path}")
+    console.print(
+        f"{count:,} trained parameters, {metrics['train_seconds']:.0f} s of training, run in {escape(str(folder.path))}"
+    )
 
 
 @app.command()
@@ -74,7 +76,7 @@ def evaluate(
                 results[f"without {part}"] = bench.evaluate(model, progress)
     averages = {name: average(scores, bench.tasks) for name, scores in results.items()}
     run = RunFolder.existing(folder)
-    run.write_json(run.path / "evaluation.json", {**results, "average": averages})
+    run.write_json(run.evaluation, {**results, "average": averages})
     console.print(_scores({**results, "average": averages}, list(results)))
 
 
@@ -134,10 +136,19 @@ def _scores(metrics: dict[str, Any], columns: list[str]) -> Table:
         for metric in scores:
             if metric != "n":
                 cells = [f"{metrics[column][task][metric]:.3f}" for column in columns]
-                table.add_row(f"{task} (n {scores['n']:.0f})", metric, *cells)
+                table.add_row(escape(f"{task} (n {scores['n']:.0f})"), metric, *cells)
     table.add_section()
     table.add_row("average", "first metric", *[f"{metrics['average'][c]:.3f}" for c in columns], style="bold")
     return table
+
+
+INTERRUPTED = 130
+"""What typer makes of Ctrl-C."""
+
+
+def _complain(errors: Console, message: str) -> None:
+    errors.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
+    sys.exit(2)
 
 
 def main() -> None:
@@ -152,8 +163,10 @@ def main() -> None:
     try:
         app()
     except PemlError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("interrupted; `peml train` goes on with --resume")
-        sys.exit(130)
+        _complain(errors, str(error))
+    except OSError as error:
+        _complain(errors, f"{error.filename or 'the output folder'}: {error.strerror or error}")
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            errors.print("interrupted; a training that has checkpoints goes on with `peml train RECIPE --resume`")
+        raise

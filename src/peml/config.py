@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -54,9 +55,12 @@ class PemlConfig(PeftConfig):
         self.peft_type = PeftType("PEML")
         if isinstance(self.task_names, str):
             raise PemlError(f"task_names must be a list of names, not the text {self.task_names!r}")
-        self.task_names = list(self.task_names)
+        self.task_names = list(self.task_names or ())
         if not self.task_names:
             raise PemlError("task_names is empty: name at least one task")
+        wrong = [name for name in self.task_names if not isinstance(name, str) or not name.strip()]
+        if wrong:
+            raise PemlError(f"task_names must be texts that are not empty, not {wrong[0]!r}")
         repeated = sorted({name for name in self.task_names if self.task_names.count(name) > 1})
         if repeated:
             raise PemlError(f"task_names repeats {', '.join(repeated)}: every task needs a name of its own")
@@ -64,12 +68,25 @@ class PemlConfig(PeftConfig):
         self.prompt = part_from_dict("prompt", PROMPTS, self.prompt)
         if self.adapter is None and self.prompt is None:
             raise PemlError("nothing to train: give an adapter, a prompt, or both")
+        self._check_types()
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
         if self.peml_version is None:
             from importlib.metadata import version
 
             self.peml_version = version("peml")
+
+    def _check_types(self) -> None:
+        for axis, part in (("adapter", self.adapter), ("prompt", self.prompt)):
+            if part is not None:
+                _check(axis, part, {f.name: getattr(part, f.name) for f in dataclasses.fields(part)})
+        lists: tuple[tuple[str, Any, str], ...] = (
+            ("modules_to_save", list[str] | None, "module names"),
+            ("layers_to_transform", list[int] | int | None, "layer indices"),
+        )
+        for name, hint, what in lists:
+            if not _fits(getattr(self, name), hint):
+                raise PemlError(f"{name} must be a list of {what}, not {getattr(self, name)!r}")
 
     @property
     def needs_task(self) -> bool:
@@ -116,6 +133,11 @@ def changed(axis: str, part: Part, settings: Mapping[str, Any]) -> Part:
     Raises:
         PemlError: an unknown setting or a value of the wrong type; the message lists what there is.
     """
+    _check(axis, part, settings)
+    return dataclasses.replace(part, **settings)
+
+
+def _check(axis: str, part: AdapterConfig | PromptConfig, settings: Mapping[str, Any]) -> None:
     names = {f.name for f in dataclasses.fields(part)}
     hints = typing.get_type_hints(type(part))
     for key, value in settings.items():
@@ -126,7 +148,6 @@ def changed(axis: str, part: Part, settings: Mapping[str, Any]) -> Part:
             raise PemlError(f"{axis}.{key} is not a setting of {kind} ({', '.join(sorted(names))}){did_you_mean}")
         if not _fits(value, hints[key]):
             raise PemlError(f"{axis}.{key} must be {_readable(hints[key])}, not {value!r}")
-    return dataclasses.replace(part, **settings)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -135,12 +156,12 @@ def _fits(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is typing.Literal:
         return value in options
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str, type(None)):
         return isinstance(value, hint)
-    if typing.get_origin(hint) is tuple:
+    if typing.get_origin(hint) in (tuple, list):
         return isinstance(value, tuple | list) and all(_fits(v, options[0]) for v in value)
     return any(_fits(value, option) for option in options)
 

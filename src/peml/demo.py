@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from peml.evaluation import average
 from peml.inspection import architecture_view
@@ -73,6 +74,8 @@ def demo(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any
         f"One frozen model of a few million parameters, {len(names)} tasks, one adapter for all of them. "
         f"{len(METHODS)} methods on equal budgets, {steps} steps each, seed {seed}."
     )
+    for name in METHODS:
+        RunFolder(output / name).check(overwrite=True)
     with console.status("making rows, loading the model"):
         bench = prepare(first)
     budget = trainable_parameters(method("peml", names, SETTINGS["peml"]), bench.model)
@@ -111,7 +114,7 @@ def demo(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any
             Architecture(tuple(found["operations"]), tuple(map(tuple, found["tokens"])), found["derived"])
         )
     )
-    console.print(f"\nRuns are in {output}; look into one with: peml inspect {output / 'peml'}")
+    console.print(Text(f"\nRuns are in {output}; look into one with: peml inspect {output / 'peml'}"))
     folder = RunFolder(output)
     folder.write_json(output / "results.json", {"methods": results, "seed": seed, "environment": environment()})
     return results

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from peml.config import PemlConfig, part_to_dict
 from peml.errors import PemlError
 from peml.export import Target, export_targets
 from peml.prompts import Architecture, PrefixNAS, PrefixTuning
-from peml.training.folder import check_adapter
+from peml.training.folder import RunFolder, check_adapter
 
 _PROMPT = "base_model.model.prompt_host.peml_prompt."
 _BUFFERS = {"choice", "kept", "progress"}
@@ -61,8 +60,7 @@ def inspect_folder(path: str | Path) -> Inspection:
     folder = path / "adapter" if (path / "adapter").is_dir() else path
     weights = check_adapter(folder)
     config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, PemlConfig):
-        raise PemlError(f"{folder} holds a {config.peft_type} adapter, not one of peml")
+    assert isinstance(config, PemlConfig)
     parameters = Counter[str]()
     with safe_open(str(weights), framework="pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118  (not a mapping)
@@ -71,8 +69,7 @@ def inspect_folder(path: str | Path) -> Inspection:
                 parameters[part] += math.prod(tensors.get_slice(key).get_shape())
         architecture = _architecture(config, tensors)
     lengths = architecture.lengths if architecture else _table_lengths(config)
-    metrics_file = path / "metrics.json"
-    metrics = json.loads(metrics_file.read_text(encoding="utf-8")) if metrics_file.exists() else {}
+    metrics = RunFolder(path).read_metrics()
     unit = isinstance(config.prompt, PrefixNAS) and config.prompt.gate_after == "unit"
     return Inspection(
         path=folder,
@@ -100,6 +97,8 @@ def _part(key: str) -> str | None:
 def _architecture(config: PemlConfig, tensors: Any) -> Architecture | None:
     if not isinstance(config.prompt, PrefixNAS):
         return None
+    if _PROMPT + "choice" not in tensors.keys():  # noqa: SIM118  (not a mapping)
+        raise PemlError("the adapter's file lacks the searched structure: train or copy the adapter again")
     choice = tensors.get_tensor(_PROMPT + "choice").tolist()
     derived = choice[0] >= 0
     if not derived:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +46,10 @@ METHODS: dict[str, Method] = {
 """Every method that a recipe can name."""
 
 
+WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+"""Fields of `PemlConfig` that a recipe can set beside those of adapter and prompt."""
+
+
 def method(
     name: str, task_names: Sequence[str], settings: Mapping[str, Any] | None = None, **config: Any
 ) -> PemlConfig:
@@ -64,22 +67,16 @@ def method(
     row = named(name)
     parts: dict[str, Any] = {"adapter": row.adapter, "prompt": row.prompt}
     by_axis: dict[str, dict[str, Any]] = {"adapter": {}, "prompt": {}}
-    plain = {f.name for f in dataclasses.fields(PemlConfig)} - {
-        "adapter",
-        "prompt",
-        "task_names",
-        "peft_type",
-    }
     for key, value in (settings or {}).items():
-        axis, dot, setting = key.partition(".")
+        axis, dot, setting = str(key).partition(".")
         if dot and axis in by_axis:
             by_axis[axis][setting] = value
-        elif not dot and key in plain:
+        elif key in by_axis and isinstance(value, Mapping):
+            by_axis[key] |= value
+        elif key in WHERE:
             config[key] = value
         else:
-            raise PemlError(
-                f"set.{key} is unknown: write adapter.NAME, prompt.NAME, or one of {', '.join(sorted(plain))}"
-            )
+            raise PemlError(f"set.{key} is unknown: write adapter.NAME, prompt.NAME, or one of {', '.join(WHERE)}")
     for axis, changes in by_axis.items():
         if changes and parts[axis] is None:
             raise PemlError(f"set.{axis}.{next(iter(changes))} does not apply: method {name!r} has no {axis}")
@@ -129,6 +126,9 @@ def match_params(config: PemlConfig, model: PreTrainedModel, budget: int) -> Pem
     """
     key = "r" if config.adapter is not None else "num_virtual_tokens"
 
+    if config.adapter is None and isinstance(getattr(config.prompt, key), tuple):
+        raise PemlError("a prefix with a length of its own in each layer cannot be resized: give one number")
+
     def resized(size: int) -> PemlConfig:
         new = copy.deepcopy(config)
         if config.adapter is not None:
@@ -149,6 +149,10 @@ def match_params(config: PemlConfig, model: PreTrainedModel, budget: int) -> Pem
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) < budget else (low, middle)
+    if cost(high) < budget / 2:
+        raise PemlError(
+            f"even {key} {high} trains only {cost(high):,} parameters: the budget of {budget:,} is out of reach"
+        )
     best = min((low, high), key=lambda size: abs(cost(size) - budget))
     if cost(best) > 2 * budget:
         raise PemlError(f"{key} 1 already trains {cost(best):,} parameters, more than twice the budget of {budget:,}")

@@ -46,17 +46,19 @@ class Route:
         Raises:
             PemlError: a name or id that the adapter does not have, or rows of unequal length.
         """
-        raw = tasks.tolist() if isinstance(tasks, Tensor) else tasks
-        if isinstance(raw, str | int):
-            raw = [raw]
+        raw: Any = tasks.tolist() if hasattr(tasks, "tolist") else tasks
+        raw = [raw] if isinstance(raw, str | int | float) else raw
+        if not isinstance(raw, list | tuple):
+            # A set or mapping would route rows in no particular order.
+            raise PemlError(f"`tasks=` takes a name, an id, or a list of them, not a {type(raw).__name__}")
         if len(raw) == 0:
             raise PemlError("`tasks=` is empty: give one task name per row, or one for all rows")
         table = {name: i for i, name in enumerate(task_names)}
         packed = [isinstance(row, list | tuple) for row in raw]
         if any(packed):
-            if not all(packed) or len({len(row) for row in raw}) != 1:  # type: ignore[arg-type]
+            if not all(packed) or len({len(row) for row in raw}) != 1:
                 raise PemlError("`tasks=` with a task per token needs lists of equal length, one per row")
-            ids = [[_id_of(t, table) for t in row] for row in raw]  # type: ignore[union-attr]
+            ids = [[_id_of(t, table) for t in row] for row in raw]
             present = sorted({t for row in ids for t in row})
             return cls(torch.tensor(ids), tuple(present))
         flat = [_id_of(t, table) for t in raw]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -54,6 +55,9 @@ class PemlModel(BaseTuner):
     ) -> None:
         """Add the adapter's banks and its prompt; PEFT calls this for the first adapter and for later ones."""
         config = self.peft_config[adapter_name]
+        for wanted in config.modules_to_save or ():
+            if not any(name == wanted or name.endswith(f".{wanted}") for name, _ in model.named_modules()):
+                raise PemlError(f"modules_to_save names {wanted!r}, which this model has not")
         if config.adapter is None:
             config.target_modules = DUMMY_TARGET_MODULES
         host = self._prompt_host()
@@ -119,6 +123,18 @@ class PemlModel(BaseTuner):
         layer.update_layer(adapter_name, adapter, tuple(peft_config.task_names))
         if adapter_name not in self.active_adapters:
             adapter.requires_grad_(False)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PemlConfig, key: str) -> Any:
+        # PEFT expands "all-linear" to full names, and does not look at layer indices for those.
+        found = BaseTuner._check_target_module_exists(peft_config, key)
+        wanted = peft_config.layers_to_transform
+        if not found or wanted is None:
+            return found
+        patterns = peft_config.layers_pattern or [r"[^.]*"]
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        index = next((m.group(1) for p in patterns if (m := re.match(rf"(?:.*?\.)?{p}\.(\d+)\.", key))), None)
+        return index is not None and int(index) in ([wanted] if isinstance(wanted, int) else wanted)
 
     def _prepare_adapter_config(self, peft_config: PemlConfig, model_config: dict[str, Any]) -> PemlConfig:
         if peft_config.target_modules is None:
@@ -329,15 +345,16 @@ class PemlModel(BaseTuner):
     # Inspecting
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters of the active adapter by part: adapter, prompt, architecture."""
+        """Parameters of the active adapter by part: adapter, prompt, architecture, and other (`modules_to_save`)."""
         architecture = [] if self.prompt is None else self.prompt.architecture_parameters()
         chosen = {id(p) for p in architecture}
-        prompt = [] if self.prompt is None else [p for p in self.prompt.parameters() if id(p) not in chosen]
-        return {
+        parts = {
             "adapter": [p for adapter in self._adapters() for p in adapter.parameters()],
-            "prompt": prompt,
+            "prompt": [] if self.prompt is None else [p for p in self.prompt.parameters() if id(p) not in chosen],
             "architecture": architecture,
         }
+        ours = {id(p) for part in parts.values() for p in part}
+        return parts | {"other": [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours]}
 
     def per_task_parameters(self) -> set[int]:
         """`id` of every parameter that is stacked over tasks."""

@@ -73,7 +73,7 @@ def positive(name: str, value: float) -> None:
     Raises:
         PemlError: `value` is zero or below.
     """
-    if not value > 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise PemlError(f"{name} must be above 0, not {value}")
 
 
@@ -83,5 +83,5 @@ def probability(name: str, value: float) -> None:
     Raises:
         PemlError: `value` is outside.
     """
-    if not 0 <= value < 1:
+    if not isinstance(value, int | float) or not 0 <= value < 1:
         raise PemlError(f"{name} must be in [0, 1), not {value}")

@@ -93,7 +93,14 @@ class PrefixNAS(PromptConfig):
             raise PemlError(f"prompt.temperature needs a start and an end above 0, not {list(self.temperature)}")
         if not 0 <= self.warmup_fraction < 1:
             raise PemlError(f"prompt.warmup_fraction must be in [0, 1), not {self.warmup_fraction}")
-        if self.budget_tokens <= 0:
+        for name in ("entropy_weight", "cost_weight", "parameter_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise PemlError(f"prompt.{name} must be 0 or more, not {getattr(self, name)}")
+        if self.parameter_budget is not None and self.parameter_budget < 1:
+            raise PemlError(f"prompt.parameter_budget must be 1 or more, not {self.parameter_budget}")
+        if self.gate_threshold is not None and not 0 <= self.gate_threshold <= 1:
+            raise PemlError(f"prompt.gate_threshold must be in [0, 1], not {self.gate_threshold}")
+        if not self.budget_tokens > 0:
             raise PemlError(f"prompt.budget_tokens must be above 0, not {self.budget_tokens}")
         if self.gate_after not in ("keep", "unit"):
             raise PemlError(f"prompt.gate_after must be keep or unit, not {self.gate_after!r}")

@@ -4,6 +4,7 @@ A plain task is data: two templates, a table of labels and the names of its metr
 is `peml.tasks.source`; how an example becomes token ids is `peml.tasks.encode`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,7 +22,15 @@ Kind = Literal["choose", "generate"]
 
 DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {"choose": ("accuracy",), "generate": ("exact_match",)}
 
-_JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+
+def _present(value: Any) -> Any:
+    # Jinja would write "None" and "nan" into the prompt, and the model would be trained on that.
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise UndefinedError("a field that it asks for is empty (null)")
+    return value
+
+
+_JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False, finalize=_present)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,13 @@ class TaskRows(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         return {"input_ids": row.input_ids, "labels": row.labels, "tasks": self.row_tasks[index]}
+
+    def digest(self) -> str:
+        """Fingerprint of the rows as they are trained on, in their order."""
+        whole = hashlib.sha256()
+        for row, task in zip(self.rows, self.row_tasks, strict=True):
+            whole.update(repr((self.task_names[task], row.input_ids, row.labels)).encode())
+        return whole.hexdigest()
 
     def truncated(self) -> dict[str, int]:
         """How many prompts of each task lost their beginning."""

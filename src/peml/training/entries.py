@@ -15,12 +15,16 @@ from peml.tasks import FileSource, HubSource, Task, suite_tasks
 from peml.tasks.files import READERS
 
 
-def _texts(value: Any) -> Any:
-    # YAML reads yes, no and numbers as something else than the words that a task wants.
-    def text(item: Any) -> str:
-        return ("true" if item else "false") if isinstance(item, bool) else str(item)
+def _text(item: Any) -> str:
+    if isinstance(item, bool):
+        raise PemlError(
+            "YAML reads yes, no, on, off, true and false as booleans: put them in quotes to use them as words"
+        )
+    return str(item)
 
-    return [text(item) for item in value] if isinstance(value, list) else value
+
+def _texts(value: Any) -> Any:
+    return [_text(item) for item in value] if isinstance(value, list) else value
 
 
 Texts = Annotated[list[str], BeforeValidator(_texts)]
@@ -29,7 +33,7 @@ Texts = Annotated[list[str], BeforeValidator(_texts)]
 class Section(BaseModel):
     """A part of the recipe; keys that it does not know are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class SuiteEntry(Section):
@@ -63,8 +67,8 @@ class OwnEntry(Section):
     """
 
     name: str
-    path: str
-    eval_path: str | None = None
+    path: str = Field(min_length=1)
+    eval_path: str | None = Field(None, min_length=1)
     subset: str | None = None
     revision: str | None = None
     split: dict[Literal["train", "eval"], str] = {}
@@ -110,17 +114,23 @@ def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
     if isinstance(entry, SuiteEntry):
         tasks = suite_tasks(entry.suite, entry.include, entry.exclude)
         return [dataclasses.replace(t, source=dataclasses.replace(t.source, **limits)) for t in tasks]
-    is_file = Path(entry.path).suffix.lower() in READERS and not Path(entry.path).is_dir()
+    path = str(Path(entry.path).expanduser())
+    is_file = Path(path).suffix.lower() in READERS and not Path(path).is_dir()
     held_out = entry.eval_fraction
     source: FileSource | HubSource
     if is_file or entry.eval_path is not None:
         if held_out is None and entry.eval_path is None:
             held_out = 0.1
-        source = FileSource(train=entry.path, eval=entry.eval_path, eval_fraction=held_out, **limits)
+        source = FileSource(
+            train=path,
+            eval=entry.eval_path and str(Path(entry.eval_path).expanduser()),
+            eval_fraction=held_out,
+            **limits,
+        )
     else:
         evaluation = None if held_out else entry.split.get("eval", "validation")
         source = HubSource(
-            path=entry.path,
+            path=path,
             name=entry.subset,
             train=entry.split.get("train", "train"),
             eval=evaluation,
@@ -129,7 +139,7 @@ def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
             **limits,
         )
     choices = tuple(entry.choices) if isinstance(entry.choices, list) else entry.choices
-    labels = {_label(k): _label(v) for k, v in entry.labels.items()}
+    labels = {_label(k): _text(v) for k, v in entry.labels.items()}
     return [
         Task(
             name=entry.name,

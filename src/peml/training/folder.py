@@ -13,6 +13,9 @@ from safetensors import SafetensorError, safe_open
 
 from peml.errors import PemlError
 
+RESOLVED = "# Resolved by peml: what this run was trained with.\n"
+"""First line of the recipe in a run folder, which tells it from a recipe that a person wrote."""
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """PEFT's names of the two files that make an adapter."""
 
@@ -24,12 +27,13 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.recipe = self.path / "recipe.yaml"
         self.adapter = self.path / "adapter"
         self.metrics = self.path / "metrics.json"
         self.log = self.path / "log.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.evaluation = self.path / "evaluation.json"
 
     @classmethod
     def existing(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -48,25 +52,44 @@ class RunFolder:
         check_adapter(run.adapter)
         return run
 
+    @property
+    def is_run(self) -> bool:
+        """Whether a run of peml was written here: its recipe says so in its first line."""
+        try:
+            return self.recipe.read_text(encoding="utf-8").startswith(RESOLVED)
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return self.is_run and self.adapter.is_dir() and "after" in self.read_metrics()
+
     def check(self, *, resume: bool = False, overwrite: bool = False) -> None:
-        """Refuse a folder that a new run must not touch; changes nothing.
+        """Refuse a folder that a run must not touch; changes nothing.
 
         Raises:
             PemlError: it holds something already and neither resuming nor overwriting was asked for.
         """
+        if resume and overwrite:
+            raise PemlError("--resume and --overwrite contradict each other: choose one")
         if self.path.exists() and not self.path.is_dir():
             raise PemlError(f"{self.path} is a file: give a folder for the run")
-        if not self.path.is_dir() or not any(self.path.iterdir()) or resume:
+        if not self.path.is_dir() or not any(self.path.iterdir()):
             return
-        if not overwrite:
+        if not (resume or overwrite):
             raise PemlError(f"{self.path} already holds files: add --resume, --overwrite, or another --output")
-        if not any(part.exists() for part in (self.recipe, self.checkpoints, self.adapter)):
-            raise PemlError(f"{self.path} is not empty and holds no run of peml: it is not overwritten")
+        if not self.is_run:
+            wanted = "gone on with" if resume else "overwritten"
+            raise PemlError(f"{self.path} is not empty and holds no run of peml: it is not {wanted}")
 
     def create(self, *, overwrite: bool = False) -> None:
-        """Make the folder, after `check`."""
-        if overwrite and self.path.exists():
-            shutil.rmtree(self.path)
+        """Make the folder, after `check`; of an overwritten run only its own files are removed."""
+        if overwrite:
+            for part in (self.adapter, self.checkpoints):
+                shutil.rmtree(part, ignore_errors=True)
+            for file in (self.metrics, self.log, self.recipe, self.evaluation):
+                file.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
 
     def last_checkpoint(self) -> Path | None:
@@ -87,13 +110,19 @@ class RunFolder:
 
     def write_json(self, path: Path, content: Mapping[str, Any]) -> None:
         """Replace a JSON file in one step."""
-        write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def read_metrics(self) -> dict[str, Any]:
         """`metrics.json`, or nothing if the run has none yet."""
         if not self.metrics.exists():
             return {}
-        return json.loads(self.metrics.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        try:
+            metrics = json.loads(self.metrics.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise PemlError(f"{self.metrics} is damaged ({error}): remove it or train again") from None
+        if not isinstance(metrics, dict):
+            raise PemlError(f"{self.metrics} is damaged (not a mapping): remove it or train again")
+        return metrics
 
     def append_log(self, entry: Mapping[str, Any]) -> None:
         """Add a line to `log.jsonl`."""
@@ -109,7 +138,7 @@ class RunFolder:
             try:
                 if line and (entry := json.loads(line))["step"] <= step:
                     kept.append(entry)
-            except json.JSONDecodeError:  # the line that was being written when the run was killed
+            except (ValueError, KeyError, TypeError):  # the line that was being written when the run was killed
                 continue
         write_text(self.log, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept))
         return float(kept[-1]["elapsed_seconds"]) if kept else 0.0
@@ -125,10 +154,15 @@ def check_adapter(folder: Path) -> Path:
         if not (folder / name).is_file():
             raise PemlError(f"{folder} holds no adapter: there is no {name} in it")
     try:
+        kind = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["peft_type"]
         with safe_open(str(folder / WEIGHTS), framework="pt"):
-            return folder / WEIGHTS
-    except SafetensorError as error:
-        raise PemlError(f"{folder / WEIGHTS} is damaged ({error}): train or copy the adapter again") from None
+            pass
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        name = WEIGHTS if isinstance(error, SafetensorError) else CONFIG
+        raise PemlError(f"{folder / name} is damaged ({error}): train or copy the adapter again") from None
+    if kind != "PEML":
+        raise PemlError(f"{folder} holds an adapter of type {kind}, not one of peml")
+    return folder / WEIGHTS
 
 
 def _complete(checkpoint: Path) -> bool:

@@ -23,7 +23,7 @@ def progress_bar(console: Console) -> Progress:
     """The one style of progress bar; disappears when done."""
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -79,6 +79,12 @@ class RunLog(TrainerCallback):
             self.folder.append_log({"step": state.global_step, "elapsed_seconds": elapsed, **logs})
             if self.bar is not None and "loss" in logs:
                 self.progress.update(self.bar, description=f"{self.label} (loss {logs['loss']:.3f})")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the time at a checkpoint, from which the bill of a resumed run goes on."""
+        if state.is_world_process_zero:
+            elapsed = round(self.spent + time.perf_counter() - self._start, 3)
+            self.folder.append_log({"step": state.global_step, "elapsed_seconds": elapsed, "checkpoint": True})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from pydantic import Field, ValidationError, model_validator
 from transformers import TrainingArguments
 
+from peml.adapters import AdapterConfig
 from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.methods import method, named
 from peml.mixing import Mixing
 from peml.tasks import Task
-from peml.training.entries import OwnEntry, Section, SuiteEntry, build_tasks, first_problem, near, read_entry
+from peml.training.arguments import DEFAULTS, checked, one_line, training_arguments
+from peml.training.entries import OwnEntry, Section, SuiteEntry, build_tasks, first_problem, read_entry
+from peml.training.folder import RESOLVED
 
 FOREIGN_KEYS: Mapping[str, str] = {
     "base_model": "model",
@@ -51,29 +52,6 @@ class MixingSection(Section):
     batches: Literal["mixed", "homogeneous"] = "mixed"
 
 
-_ARGUMENTS = {f.name for f in dataclasses.fields(TrainingArguments)}
-_OWN_ARGUMENTS: Mapping[str, tuple[type, ...]] = {
-    "dtype": (str,),
-    "attn_implementation": (str,),
-    "max_length": (int,),
-    "prompt_learning_rate": (float, int),
-    "architecture_learning_rate": (float, int),
-    "finetune_fraction": (float, int),
-}
-DEFAULTS: Mapping[str, Any] = {
-    "max_length": 512,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 64,
-    "max_steps": 1000,
-    "logging_steps": 10,
-    "warmup_steps": 0.05,
-    "lr_scheduler_type": "linear",
-    "seed": 0,
-    "dtype": "auto",
-    "finetune_fraction": 0.1,
-}
-
-
 class Recipe(Section):
     """Model, tasks, method and training of a run.
 
@@ -102,25 +80,19 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _entries(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("tasks"), list):
-            data = dict(data)
+    def _sections(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        # A section without entries is null to YAML, and empty to whoever wrote it.
+        data = {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
+        if isinstance(data.get("train"), dict):
+            data["train"] = checked(data["train"])
+        if isinstance(data.get("tasks"), list):
             data["tasks"] = [read_entry(i, raw) for i, raw in enumerate(data["tasks"])]
         return data
 
     @model_validator(mode="after")
     def _whole(self) -> Recipe:
-        unknown = [key for key in self.train if key not in _ARGUMENTS and key not in _OWN_ARGUMENTS]
-        if unknown:
-            raise PemlError(
-                f"train.{unknown[0]} is not a training argument{near(unknown[0], _ARGUMENTS | set(_OWN_ARGUMENTS))}"
-            )
-        for key, kinds in _OWN_ARGUMENTS.items():
-            value = self.train.get(key)
-            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-                raise PemlError(f"train.{key} must be {' or '.join(k.__name__ for k in kinds)}, not {value!r}")
-        if not 0 <= self.train.get("finetune_fraction", 0) < 1:
-            raise PemlError(f"train.finetune_fraction must be in [0, 1), not {self.train['finetune_fraction']}")
         named(self.method)
         tasks = self.build_tasks()
         names = [task.name for task in tasks]
@@ -162,25 +134,25 @@ class Recipe(Section):
         Raises:
             PemlError: transformers refuses a value.
         """
-        given = {k: v for k, v in {**DEFAULTS, **self.train}.items() if k not in _OWN_ARGUMENTS and k != "output_dir"}
-        if "num_train_epochs" in self.train and "max_steps" not in self.train:
-            given.pop("max_steps")
-        rate = named(self.method).adapter
-        given.setdefault("learning_rate", 3e-4 if rate is None else rate.learning_rate)
-        given.setdefault("dataloader_pin_memory", torch.cuda.is_available())
-        given.setdefault("save_strategy", "steps")
-        given.setdefault("save_total_limit", 2)
-        given |= {"output_dir": output_dir, "disable_tqdm": True, "remove_unused_columns": False}
-        try:
-            return TrainingArguments(**given)
-        except (TypeError, ValueError) as error:
-            raise PemlError(f"train: {str(error).strip()}") from error
+        adapter = named(self.method).adapter
+        rate = AdapterConfig.learning_rate if adapter is None else adapter.learning_rate
+        return training_arguments(self.train, rate, output_dir)
 
     def to_yaml(self) -> str:
-        """The recipe with every default written out."""
+        """The recipe with the defaults written out and local paths made absolute: it reads the same from anywhere."""
         full = self.model_dump(exclude_none=True)
+        full["model"] = _absolute(self.model)
+        for entry in full["tasks"]:
+            entry |= {key: _absolute(entry[key]) for key in ("path", "eval_path") if key in entry}
         full["train"] = {**DEFAULTS, **self.train}
-        return yaml.safe_dump(full, sort_keys=False, allow_unicode=True)
+        if "num_train_epochs" in self.train and "max_steps" not in self.train:
+            del full["train"]["max_steps"]
+        return RESOLVED + yaml.safe_dump(full, sort_keys=False, allow_unicode=True)
+
+
+def _absolute(path: str) -> str:
+    local = Path(path).expanduser()
+    return str(local.resolve()) if local.exists() else path
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -201,6 +173,8 @@ def load_recipe(path: str | Path) -> Recipe:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise PemlError(f"{path}{line} is not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise PemlError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(data, dict):
         raise PemlError(f"{path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
     try:

@@ -15,13 +15,15 @@ import torch
 import yaml
 from peft import PeftModel, get_peft_model
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, set_seed
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from peml.config import part_to_dict
+from peml.config import PemlConfig, part_to_dict
 from peml.errors import PemlError
 from peml.evaluation import average
 from peml.prompts import PrefixGenerator
+from peml.training.arguments import one_line
 from peml.training.data import Collator, TaskRows
 from peml.training.folder import RunFolder, write_text
 from peml.training.progress import RunLog, progress_bar
@@ -53,7 +55,6 @@ def train(
     Raises:
         PemlError: bad input; nothing is written then.
     """
-    started = time.perf_counter()
     name = Path(recipe).stem if isinstance(recipe, str | Path) else "run"
     recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
     folder = RunFolder(output or recipe.train.get("output_dir") or Path("runs") / name)
@@ -64,36 +65,86 @@ def train(
     folder.check(resume=resume, overwrite=overwrite)
     if resume:
         _same_recipe(recipe, folder)
+        if folder.finished:
+            console.print("this run is finished: there is nothing to resume")
+            return folder
     with console.status("reading rows, loading the model"):
         bench = workbench or prepare(recipe)
-        rows = TaskRows.encode(bench.tokenizer, bench.train, recipe.setting("max_length"))
-        bench.check_lengths()
-        config = recipe.config()
+        rows = TaskRows.encode(bench.tokenizer, bench.train, bench.max_length)
+        shortened = {"training": rows.truncated(), "evaluation": bench.check()}
         set_seed(recipe.seed)
-        model = get_peft_model(bench.model, config)
-    wait()
-    if main:
-        folder.create(overwrite=overwrite and not resume)
-        folder.drop_incomplete()
-    wait()
+        model = attach(bench.model, recipe.config())
+    data = {"rows": {n: [len(bench.train[n]), len(bench.eval[n])] for n in bench.tasks}, "sha256": rows.digest()}
     checkpoint = folder.last_checkpoint() if resume else None
-    if resume:
-        console.print(f"going on from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting at step 0")
-    if main:
-        write_text(folder.recipe, recipe.to_yaml())
-    for task, shortened in rows.truncated().items():
-        if shortened:
-            console.print(f"[yellow]{task}: {shortened} prompts lost their beginning to max_length[/]")
+    metrics = folder.read_metrics() if resume else {}
+    _same_data(metrics.get("data"), data, checkpoint, folder)
     with progress_bar(console) as progress:
-        metrics = folder.read_metrics() if checkpoint else {}
+        log = RunLog(folder, progress)
+        trainer = _trainer(recipe, bench, model, rows, arguments, log)
+        # Everything that can be refused has been by now; from here on the folder is written.
+        wait()
+        if main:
+            folder.create(overwrite=overwrite)
+            folder.drop_incomplete()
+            write_text(folder.recipe, recipe.to_yaml())
+            log.spent = folder.rewind_log(_step(checkpoint))
+        wait()
+        if resume:
+            console.print(f"going on from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting at step 0")
+        for kind, counts in shortened.items():
+            for task, count_ in counts.items():
+                if count_:
+                    console.print(Text(f"{task}: {count_} {kind} prompts lose their beginning to max_length", "yellow"))
+        metrics["data"] = data
         if "before" not in metrics and recipe.evaluate_before:
             with model.disable_adapter():
                 metrics["before"] = bench.evaluate(model, progress)
-            if main:
-                folder.write_json(folder.metrics, metrics)
-        # A resumed run goes on counting: its bill is that of all its parts.
-        spent = folder.rewind_log(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0) if main else 0.0
-        log = RunLog(folder, progress, spent)
+        if main:
+            folder.write_json(folder.metrics, metrics)
+        begun = time.perf_counter()
+        if checkpoint is not None and _step(checkpoint) >= trainer.args.max_steps > 0:
+            trainer.finish_from(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        seconds = log.spent + time.perf_counter() - begun
+        metrics["after"] = bench.evaluate(model, progress)
+    metrics |= _record(bench, trainer, log, metrics, seconds)
+    if main:
+        _save(model, folder)
+        folder.write_json(folder.metrics, metrics)
+    wait()
+    return folder
+
+
+def attach(model: PreTrainedModel, config: PemlConfig) -> PeftModel:
+    """`get_peft_model`, with PEFT's own refusals as ours.
+
+    Raises:
+        PemlError: the model cannot take the adapter, or its settings match nothing in it.
+    """
+    try:
+        return get_peft_model(model, config)
+    except PemlError:
+        raise
+    except Exception as error:  # PEFT and torch refuse settings with errors of every type
+        raise PemlError(f"set: the adapter cannot be attached to this model ({one_line(error)})") from error
+
+
+def _trainer(
+    recipe: Recipe,
+    bench: Workbench,
+    model: PeftModel,
+    rows: TaskRows,
+    arguments: TrainingArguments,
+    log: RunLog,
+) -> MultiTaskTrainer:
+    """The trainer, with optimiser and schedule tried out: what they refuse is refused before anything is written.
+
+    Raises:
+        PemlError: a training argument that transformers or torch does not take.
+    """
+    existed = Path(arguments.output_dir).exists(), Path(arguments.output_dir).parent.exists()
+    try:
         trainer = MultiTaskTrainer(
             model,
             arguments,
@@ -108,32 +159,44 @@ def train(
             processing_class=bench.tokenizer,
             callbacks=[log],
         )
-        trainer.remove_callback(PrinterCallback)
-        begun = time.perf_counter()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        trained = time.perf_counter() - begun
-        metrics["after"] = bench.evaluate(model, progress)
-    tuner: Any = model.base_model
-    metrics |= {
+        trainer.create_optimizer_and_scheduler(num_training_steps=max(1, arguments.max_steps))
+        trainer.get_train_dataloader()
+    except PemlError:
+        raise
+    except Exception as error:  # these values are checked deep inside, with errors of every type
+        raise PemlError(f"train: {one_line(error)}") from error
+    finally:
+        # transformers makes its folder when it is built, which is too early for us.
+        for path, before in zip((Path(arguments.output_dir), Path(arguments.output_dir).parent), existed, strict=True):
+            if not before and path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _record(
+    bench: Workbench, trainer: MultiTaskTrainer, log: RunLog, metrics: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """What `metrics.json` says beside the scores."""
+    tuner = trainer.tuner
+    config = tuner.config_in_force
+    assert config is not None
+    record = {
         "average": {when: average(metrics[when], bench.tasks) for when in ("before", "after") if when in metrics},
         "train_loss": {t: {"first": log.first_loss[t], "last": log.last_loss[t]} for t in log.first_loss},
-        "parameters": {part: count(own) for part, own in tuner.parts().items()},
+        "parameters": {part: count(own) for part, own in tuner.parts().items() if own},
         "learning_rates": learning_rates(trainer),
         "steps": trainer.state.global_step,
-        "train_seconds": round(spent + trained, 3),
-        "wall_seconds": round(time.perf_counter() - started, 3),
+        "train_seconds": round(seconds, 3),
         "peak_memory_bytes": _peak_memory(),
         "adapter": part_to_dict(config.adapter),
         "prompt": part_to_dict(config.prompt),
         "environment": environment(),
     }
     if isinstance(tuner.prompt, PrefixGenerator):
-        metrics["architecture"] = tuner.prompt.architecture().to_dict()
-    if main:
-        _save(model, folder)
-        folder.write_json(folder.metrics, metrics)
-    wait()
-    return folder
+        record["architecture"] = tuner.prompt.architecture().to_dict()
+    return record
 
 
 def open_run(path: str | Path) -> tuple[Workbench, PeftModel]:
@@ -144,9 +207,13 @@ def open_run(path: str | Path) -> tuple[Workbench, PeftModel]:
     """
     folder = RunFolder.existing(path)
     bench = prepare(load_recipe(folder.recipe), training=False)
-    model = PeftModel.from_pretrained(bench.model, str(folder.adapter))
-    model.eval()
-    return bench, model
+    try:
+        model = PeftModel.from_pretrained(bench.model, str(folder.adapter))
+    except PemlError:
+        raise
+    except Exception as error:  # a configuration that was edited fails anywhere in PEFT or torch
+        raise PemlError(f"{folder.adapter} cannot be loaded ({one_line(error)}): train it again") from error
+    return bench, model.eval()
 
 
 def _same_recipe(recipe: Recipe, folder: RunFolder) -> None:
@@ -155,15 +222,38 @@ def _same_recipe(recipe: Recipe, folder: RunFolder) -> None:
     Raises:
         PemlError: naming the first key that differs.
     """
-    if not folder.recipe.exists():
+    if not folder.is_run:
         return
-    before, now = (yaml.safe_load(text) for text in (folder.recipe.read_text(encoding="utf-8"), recipe.to_yaml()))
-    differing = [key for key in Recipe.model_fields if before.get(key) != now.get(key)]
-    if differing:
+    before = load_recipe(folder.recipe)
+    for key in Recipe.model_fields:
+        old, new = (yaml.safe_load(each.to_yaml()).get(key) for each in (before, recipe))
+        if old != new:
+            if isinstance(old, dict) and isinstance(new, dict):
+                key += "." + next(k for k in {**old, **new} if old.get(k) != new.get(k))
+            raise PemlError(
+                f"--resume: the run in {folder.path} was started with another recipe ({key} differs); "
+                "go on with the same one, or choose another --output"
+            )
+
+
+def _same_data(before: Any, now: dict[str, Any], checkpoint: Path | None, folder: RunFolder) -> None:
+    """Refuse to go on from a checkpoint with other rows, or without an optimiser: the end would be another.
+
+    Raises:
+        PemlError: saying which of the two it is.
+    """
+    if checkpoint is None:
+        return
+    if before is not None and before != now:
+        raise PemlError(f"--resume: the rows are not those that the run in {folder.path} was started with")
+    if not (checkpoint / "optimizer.pt").exists():
         raise PemlError(
-            f"--resume: the run in {folder.path} was started with another recipe ({differing[0]} differs); "
-            "go on with the same one, or choose another --output"
+            f"--resume: {checkpoint} was saved without its optimizer (save_only_model): train from the start"
         )
+
+
+def _step(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
 def environment() -> dict[str, Any]:

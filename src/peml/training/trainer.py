@@ -6,7 +6,9 @@ distribution and checkpoints are the Trainer's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from peml.errors import PemlError
 from peml.mixing import Mixing, MixtureSampler
-from peml.training.data import TaskRows
+from peml.training.data import Collator, TaskRows
 from peml.training.loss import LossMeter, answer_tokens, task_mean, token_loss_by_task
 from peml.tuner import PemlModel
 
@@ -64,6 +66,10 @@ class MultiTaskTrainer(Trainer):
         # The collator's `tasks` is no argument of the base model's forward; transformers would drop it.
         args.remove_unused_columns = False
         self.mixing = mixing or Mixing()
+        if not isinstance(getattr(model, "base_model", None), PemlModel):
+            raise PemlError(
+                "MultiTaskTrainer needs a model with a PEML adapter: get_peft_model(model, PemlConfig(...))"
+            )
         self.tuner = cast("PemlModel", model.base_model)
         self.task_names = list(train_dataset.task_names)
         config = self.tuner.config_in_force
@@ -75,6 +81,8 @@ class MultiTaskTrainer(Trainer):
         self._evaluate_tasks = evaluate_tasks
         self._meter = LossMeter(self.task_names)
         self._penalties: dict[str, Tensor] = {}
+        pad = getattr(kwargs.get("processing_class"), "pad_token_id", None)
+        kwargs.setdefault("data_collator", Collator(pad if isinstance(pad, int) else 0))
         if evaluate_tasks is not None:
             # Never read, since `evaluate` is overridden; without one transformers refuses an `eval_strategy`.
             kwargs.setdefault("eval_dataset", train_dataset)
@@ -107,7 +115,8 @@ class MultiTaskTrainer(Trainer):
         outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
         sums = token_loss_by_task(outputs.logits, labels, tasks, len(self.task_names), self.args.label_smoothing_factor)
         tokens = answer_tokens(labels, tasks, len(self.task_names))
-        self._meter.add(sums, tokens)
+        if model.training:
+            self._meter.add(sums, tokens)
         whole = num_items_in_batch if isinstance(num_items_in_batch, Tensor) else tokens
         # Gradients are averaged over devices, whereas `whole` already counts all of them.
         loss = task_mean(sums, whole.to(sums.device), self._weights) * self.accelerator.num_processes
@@ -130,9 +139,8 @@ class MultiTaskTrainer(Trainer):
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         parts, stacked = self.tuner.parts(), self.tuner.per_task_parameters()
-        listed = {id(p) for part in parts.values() for p in part}
         # What `modules_to_save` made trainable goes with the adapter.
-        parts["adapter"] += [p for p in self.model.parameters() if p.requires_grad and id(p) not in listed]
+        parts["adapter"] = parts["adapter"] + parts["other"]
         decay, rate = self.args.weight_decay, self.args.learning_rate
         prompt = self.tuner.config_in_force.prompt if self.tuner.config_in_force else None
         groups = [
@@ -141,17 +149,38 @@ class MultiTaskTrainer(Trainer):
         ]
         for part in ("prompt", "architecture"):
             own = getattr(prompt, f"{part}_learning_rate", rate)
-            groups.append((part, parts[part], self._rates[part] or own, decay if part == "prompt" else 0.0))
+            groups.append(
+                (
+                    part,
+                    parts[part],
+                    own if self._rates[part] is None else self._rates[part],
+                    decay if part == "prompt" else 0.0,
+                )
+            )
         return [
             {"name": name, "params": trainable, "lr": lr, "weight_decay": wd}
             for name, params, lr, wd in groups
             if (trainable := [p for p in params if p.requires_grad])
         ]
 
+    def finish_from(self, checkpoint: Path) -> None:
+        """Take over the checkpoint of the last step: nothing is left to train, only to derive."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss of each task and the penalties to what is logged."""
         if "loss" in logs:
-            logs |= {f"loss/{name}": value for name, value in self._meter.pop(self.accelerator).items()}
+            by_task = self._meter.pop(self.accelerator)
+            wrong = [name for name, value in by_task.items() if not math.isfinite(value)]
+            if wrong:
+                raise PemlError(
+                    f"training diverged: the loss of task {wrong[0]!r} is not finite at step {self.state.global_step}; "
+                    "lower the learning rates"
+                )
+            logs |= {f"loss/{name}": value for name, value in by_task.items()}
             logs |= {f"penalty/{name}": float(value) for name, value in self._penalties.items()}
         super().log(logs, start_time)
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from peml.errors import PemlError
 from peml.evaluation import evaluate_tasks
-from peml.tasks import Example, Task, encode_choices, encode_prompts
+from peml.tasks import Example, Task, compute, encode_choices, encode_prompts
+from peml.training.arguments import one_line
 from peml.training.recipe import Recipe
 
 TOY_MODEL = "toy"
@@ -36,18 +37,33 @@ class Workbench:
     train: dict[str, list[Example]]
     eval: dict[str, list[Example]]
 
-    def check_lengths(self) -> None:
-        """Refuse evaluation rows whose answer cannot fit, now rather than after the training.
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a row: what the recipe allows, and what the model has positions for."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        wanted = int(self.recipe.setting("max_length"))
+        return min(wanted, positions) if isinstance(positions, int) and positions > 1 else wanted
+
+    def check(self) -> dict[str, int]:
+        """Find now what evaluation would stumble over after the training.
+
+        Returns:
+            How many evaluation prompts of each task lose their beginning.
 
         Raises:
-            PemlError: naming the row.
+            PemlError: an answer that cannot fit, or a metric that cannot measure a task's answers.
         """
-        longest = self.recipe.setting("max_length")
+        shortened = {}
         for name, task in self.tasks.items():
             if task.kind == "choose":
-                encode_choices(self.tokenizer, self.eval[name], longest)
+                encoded = [group[0] for group in encode_choices(self.tokenizer, self.eval[name], self.max_length)]
             else:
-                encode_prompts(self.tokenizer, self.eval[name], longest, task.max_new_tokens)
+                encoded = encode_prompts(self.tokenizer, self.eval[name], self.max_length, task.max_new_tokens)
+            shortened[name] = sum(row.truncated for row in encoded)
+            answers = [example.answer for example in self.eval[name]]
+            for metric in task.metrics:
+                compute(metric, answers, answers, task.choices if isinstance(task.choices, tuple) else ())
+        return shortened
 
     def evaluate(self, model: torch.nn.Module, progress: Progress | None = None) -> dict[str, dict[str, float]]:
         """Metrics of every task; works for the bare base model too."""
@@ -56,7 +72,7 @@ class Workbench:
             self.tokenizer,
             self.eval,
             self.tasks,
-            max_length=self.recipe.setting("max_length"),
+            max_length=self.max_length,
             batch_size=self.recipe.setting("per_device_eval_batch_size"),
             tasks_kwarg=isinstance(model, PeftModel),
             progress=progress,
@@ -65,7 +81,11 @@ class Workbench:
 
 def model_path(name: str) -> str:
     """Folder or Hub id of a model; "toy" is the one in the package."""
-    return str(files("peml") / "assets" / "toy-llama") if name == TOY_MODEL else name
+    if name == TOY_MODEL:
+        return str(files("peml") / "assets" / "toy-llama")
+    local = Path(name).expanduser()
+    # Absolute, so that the adapter's configuration names its base wherever it is read from.
+    return str(local.resolve()) if local.exists() else str(local) if name.startswith("~") else name
 
 
 def prepare(recipe: Recipe, *, training: bool = True) -> Workbench:
@@ -92,7 +112,9 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]
         PemlError: the folder or Hub id does not give a causal language model.
     """
     path = model_path(recipe.model)
-    if (path.startswith((".", "/", "~")) or Path(path).exists()) and not (Path(path) / "config.json").is_file():
+    if (path.startswith((".", "/", "~")) or not path or Path(path).exists()) and not (
+        Path(path) / "config.json"
+    ).is_file():
         raise PemlError(f"model: {recipe.model} is not a model folder (there is no config.json in it)")
     dtype = recipe.setting("dtype")
     # Half-precision weights on a CPU are slow and gain nothing on models that fit there.
@@ -102,11 +124,38 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]
     attention = recipe.train.get("attn_implementation")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **shared)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, **shared)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, output_loading_info=True, **shared
+        )
     except Exception as error:  # hub, network, tokenizer and model classes fail in their own ways
-        reason = str(error).strip().split("\n")[0]
         raise PemlError(
-            f"model: {recipe.model} could not be loaded ({type(error).__name__}: {reason}); "
+            f"model: {recipe.model} could not be loaded ({type(error).__name__}: {one_line(error)}); "
             "give a Hub id or a local folder with a causal language model"
         ) from error
+    # transformers fills what is missing with random numbers, and only warns.
+    lacking = [*report["missing_keys"], *report.get("mismatched_keys", ())]
+    if lacking:
+        raise PemlError(
+            f"model: {recipe.model} lacks the weights of {lacking[0]} ({len(lacking)} in all): copy it again"
+        )
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise PemlError(
+            f"model: {recipe.model} has no tokenizer: put tokenizer.json and its configuration beside the model"
+        )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise PemlError(
+            f"model: the tokenizer of {recipe.model} has more tokens than the model: they do not belong together"
+        )
+    if not _is_causal(model):
+        raise PemlError(f"model: {recipe.model} is no causal language model: a token sees those after it")
     return tokenizer, model
+
+
+@torch.no_grad()
+def _is_causal(model: PreTrainedModel) -> bool:
+    """Whether the first position ignores the second; an encoder loaded as a decoder would see its own answers."""
+    ids = torch.tensor([[3, 4], [3, 5]], device=model.device)
+    training = model.training
+    logits = model.eval()(input_ids=ids).logits[:, 0].float()
+    model.train(training)
+    return torch.allclose(logits[0], logits[1], atol=1e-3)

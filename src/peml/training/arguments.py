@@ -1,0 +1,133 @@
+"""The section `train` of a recipe: names and types of `TrainingArguments`, and a few of our own."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from transformers import TrainingArguments
+
+from peml.errors import PemlError
+from peml.training.entries import near
+
+OWN: Mapping[str, Any] = {
+    "dtype": typing.Literal["auto", "float32", "bfloat16", "float16"],
+    "attn_implementation": str | None,
+    "max_length": int,
+    "prompt_learning_rate": float | None,
+    "architecture_learning_rate": float | None,
+    "finetune_fraction": float,
+}
+"""What a recipe has beside transformers' arguments."""
+
+DEFAULTS: Mapping[str, Any] = {
+    "max_length": 512,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "max_steps": 1000,
+    "logging_steps": 10,
+    "warmup_steps": 0.05,
+    "lr_scheduler_type": "linear",
+    "seed": 0,
+    "dtype": "auto",
+    "finetune_fraction": 0.1,
+}
+
+_AT_LEAST: Mapping[str, float] = {
+    "max_length": 2,
+    "max_steps": 1,
+    "num_train_epochs": 1e-6,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "prompt_learning_rate": 0,
+    "architecture_learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "finetune_fraction": 0,
+    "seed": 0,
+    "dataloader_num_workers": 0,
+}
+_BELOW: Mapping[str, float] = {"finetune_fraction": 1, "seed": 2**32, "label_smoothing_factor": 1}
+
+_OURS = {
+    "disable_tqdm": "peml shows its own bar",
+    "remove_unused_columns": "the tasks of the rows must reach the model",
+    "resume_from_checkpoint": "use --resume",
+    "data_seed": "rows are drawn by `seed`",
+    "train_sampling_strategy": "rows are drawn by `mixing`",
+    "hub_token": "set HF_TOKEN in the environment: the recipe is stored with the run",
+}
+"""Arguments that would have no effect or a wrong one, and what to do instead."""
+
+
+def checked(train: Mapping[str, Any]) -> dict[str, Any]:
+    """The section with every value of its proper type; texts that are numbers, like YAML's 3e-4, become numbers.
+
+    Raises:
+        PemlError: an unknown key or a value of the wrong type or size.
+    """
+    hints = {**typing.get_type_hints(TrainingArguments), **OWN}
+    names = {field.name for field in dataclasses.fields(TrainingArguments)} | set(OWN)
+    out: dict[str, Any] = {}
+    for key, value in train.items():
+        if key in _OURS:
+            raise PemlError(f"train.{key} cannot be set: {_OURS[key]}")
+        if key not in names:
+            raise PemlError(f"train.{key} is not a training argument{near(str(key), names)}")
+        out[key] = _typed(key, value, hints[key])
+        number = out[key] if isinstance(out[key], int | float) else None
+        if number is not None and number < _AT_LEAST.get(key, number):
+            raise PemlError(f"train.{key} must be {_AT_LEAST[key]:g} or more, not {value!r}")
+        if number is not None and key in _BELOW and number >= _BELOW[key]:
+            raise PemlError(f"train.{key} must be below {_BELOW[key]:g}, not {value!r}")
+    return out
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    plain = hint in (int, float, int | None, float | None)
+    try:
+        if plain and isinstance(value, bool):
+            raise ValueError
+        if key in ("report_to", "lr_scheduler_type", "optim", "save_strategy", "eval_strategy", "logging_strategy"):
+            return value  # enumerations: TrainingArguments lists the names
+        return TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)).validate_python(
+            value
+        )
+    except (ValidationError, ValueError):
+        kind = str(hint).replace("typing.", "") if typing.get_args(hint) else hint.__name__
+        raise PemlError(f"train.{key} must be {kind}, not {value!r}") from None
+
+
+def training_arguments(train: Mapping[str, Any], learning_rate: float, output_dir: str) -> TrainingArguments:
+    """What transformers' Trainer gets.
+
+    Raises:
+        PemlError: transformers refuses a value.
+    """
+    given = {k: v for k, v in {**DEFAULTS, **train}.items() if k not in OWN and k != "output_dir"}
+    if "num_train_epochs" in train and "max_steps" not in train:
+        given.pop("max_steps")
+    if given.get("load_best_model_at_end"):
+        given.setdefault("metric_for_best_model", "eval_average")
+        given.setdefault("greater_is_better", True)
+    given.setdefault("learning_rate", learning_rate)
+    given.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    given.setdefault("save_strategy", "steps")
+    given.setdefault("save_total_limit", 2)
+    # A loss that is not finite stops the run; transformers would log the last finite one instead.
+    given |= {"logging_nan_inf_filter": False, "disable_tqdm": True, "remove_unused_columns": False}
+    try:
+        return TrainingArguments(**given, output_dir=output_dir)
+    except Exception as error:  # values are checked here and there inside, with errors of every type
+        raise PemlError(f"train: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The message of somebody else's error as one sentence."""
+    return " ".join(str(error).split()) or type(error).__name__
