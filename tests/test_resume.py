@@ -14,16 +14,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peml.training import RunFolder, train
+from peml.training import RunFolder
 from workshop import recipe, write_recipe
 
 STEPS = 40
 
 
+def command(folder: RunFolder, path: Path) -> list[str]:
+    return [sys.executable, "-m", "peml", "train", str(path), "--output", str(folder.path), "--resume"]
+
+
+def whole(folder: RunFolder, path: Path) -> RunFolder:
+    """Run to the end, in a process of its own like every other part: other tests leave a process in another state."""
+    subprocess.run(command(folder, path), check=True, capture_output=True, timeout=300)
+    return folder
+
+
 def kill_when(folder: RunFolder, path: Path, step: int) -> int:
     """Start the run in a process of its own and kill it once a step is logged; the step at which it died."""
-    command = [sys.executable, "-m", "peml", "train", str(path), "--output", str(folder.path), "--resume"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command(folder, path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         until = time.monotonic() + 120
         while logged(folder) < step and process.poll() is None and time.monotonic() < until:
             time.sleep(0.002)
@@ -51,8 +60,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, method: str) -
         "architecture_learning_rate": 0.05,
     }
     path = write_recipe(tmp_path, method=method, set=settings, train=arguments, evaluate_before=False)
-    straight = train(path, tmp_path / "straight")
-    torch.set_num_threads(torch.get_num_threads())
+    straight = whole(RunFolder(tmp_path / "straight"), path)
 
     broken = RunFolder(tmp_path / "broken")
     rng = random.Random(len(method))
@@ -64,7 +72,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, method: str) -
     torn = broken.checkpoints / f"checkpoint-{STEPS - 1}"
     torn.mkdir()
     (torn / "trainer_state.json").write_text('{"global_step": ')
-    resumed = train(path, broken.path, resume=True)
+    resumed = whole(broken, path)
 
     expected = load_file(straight.adapter / "adapter_model.safetensors")
     given = load_file(resumed.adapter / "adapter_model.safetensors")

@@ -307,7 +307,7 @@ def test_rows_are_cut_to_the_positions_that_the_model_has(tmp_path: Path) -> Non
 def test_modules_to_save_are_counted(tmp_path: Path) -> None:
     folder = run(tmp_path, "run", method="lora", set={"modules_to_save": ["lm_head"]})
     counts = folder.read_metrics()["parameters"]
-    assert counts["other"] == 24 * 33 and counts["adapter"] > 0
+    assert counts["other"] == 24 * 34 and counts["adapter"] > 0
     with pytest.raises(PemlError, match="modules_to_save names 'nope'"):
         run(tmp_path, "other", method="lora", set={"modules_to_save": ["nope"]})
 
