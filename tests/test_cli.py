@@ -111,6 +111,13 @@ def test_a_damaged_adapter_is_named(peml, tmp_path: Path) -> None:  # type: igno
     for command in ("inspect", "evaluate"):
         code, _, errors = peml(command, tmp_path / "run")
         assert code == 2 and "adapter" in errors, command
+    whole = weights.with_name("adapter_config.json").read_text()
+    for broken in ("{", "[]", '{"peft_type": "LORA"}', whole.replace('"conv3"', '"linear"').replace('"gated",', "")):
+        weights.with_name("adapter_config.json").write_text(broken)
+        for command in ("inspect", "evaluate"):
+            code, _, errors = peml(command, tmp_path / "run")
+            assert code == 2 and "adapter" in errors and "Traceback" not in errors, (command, broken)
+    weights.with_name("adapter_config.json").write_text(whole)
     weights.unlink()
     for command in ("inspect", "evaluate"):
         code, _, errors = peml(command, tmp_path / "run")

@@ -12,7 +12,7 @@ from peft import PeftConfig
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from peml.config import PemlConfig, part_to_dict
 from peml.errors import PemlError
@@ -62,12 +62,15 @@ def inspect_folder(path: str | Path) -> Inspection:
     config = PeftConfig.from_pretrained(str(folder))
     assert isinstance(config, PemlConfig)
     parameters = Counter[str]()
-    with safe_open(str(weights), framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118  (not a mapping)
-            part = _part(key)
-            if part is not None:
-                parameters[part] += math.prod(tensors.get_slice(key).get_shape())
-        architecture = _architecture(config, tensors)
+    try:
+        with safe_open(str(weights), framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  (not a mapping)
+                part = _part(key)
+                if part is not None:
+                    parameters[part] += math.prod(tensors.get_slice(key).get_shape())
+            architecture = _architecture(config, tensors)
+    except (SafetensorError, IndexError) as error:
+        raise PemlError(f"{weights} does not fit its adapter_config.json ({error}): train or copy it again") from None
     lengths = architecture.lengths if architecture else _table_lengths(config)
     metrics = RunFolder(path).read_metrics()
     unit = isinstance(config.prompt, PrefixNAS) and config.prompt.gate_after == "unit"
@@ -97,8 +100,6 @@ def _part(key: str) -> str | None:
 def _architecture(config: PemlConfig, tensors: Any) -> Architecture | None:
     if not isinstance(config.prompt, PrefixNAS):
         return None
-    if _PROMPT + "choice" not in tensors.keys():  # noqa: SIM118  (not a mapping)
-        raise PemlError("the adapter's file lacks the searched structure: train or copy the adapter again")
     choice = tensors.get_tensor(_PROMPT + "choice").tolist()
     derived = choice[0] >= 0
     if not derived:

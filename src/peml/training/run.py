@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import resource
 import shutil
@@ -108,6 +109,9 @@ def train(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = log.spent + time.perf_counter() - begun
         metrics["after"] = bench.evaluate(model, progress)
+    wrong = [task for task, scores in metrics["after"].items() if not all(map(math.isfinite, scores.values()))]
+    if wrong:
+        raise PemlError(f"training diverged: the scores of task {wrong[0]!r} are no numbers; lower the learning rates")
     metrics |= _record(bench, trainer, log, metrics, seconds)
     if main:
         _save(model, folder)
