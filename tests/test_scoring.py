@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from rich.progress import Progress
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -16,8 +15,8 @@ from peml.errors import PemlError
 from peml.evaluation import average, evaluate_tasks, generate_answers, score_choices
 from peml.evaluation.scoring import log_likelihoods
 from peml.tasks import Encoded, Example, FileSource, Task, encode_choices
+from workshop import tiny_tokenizer
 
-SPECIAL = ["<s>", "</s>", "<unk>"]
 WORDS = [
     "the",
     "cat",
@@ -41,19 +40,14 @@ LENGTH = 32
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = [*SPECIAL, "\n", *(blank + word for word in WORDS for blank in ("", " "))]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| ?[^\s]+"), behavior="isolated")
-    inner.decoder = decoders.Fuse()
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return tiny_tokenizer(WORDS)
 
 
 @pytest.fixture
 def model() -> LlamaForCausalLM:
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=len(SPECIAL) + 1 + 2 * len(WORDS),
+        vocab_size=4 + 2 * len(WORDS),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 WORDS = ["big", "small", "red", "blue", "cat", "dog", "tree", "yes", "no", "after", "before", "color", ":", "?", "one"]
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer(vocabulary: list[str] = WORDS) -> PreTrainedTokenizerFast:
     """Whole words, each with and without the blank before it."""
     special = ["<s>", "</s>", "<unk>"]
-    words = [*special, "\n", *(blank + word for word in WORDS for blank in ("", " "))]
+    words = [*special, "\n", *(blank + word for word in vocabulary for blank in ("", " "))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| ?[^\s]+"), behavior="isolated")
     inner.decoder = decoders.Fuse()
