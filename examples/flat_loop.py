@@ -40,7 +40,7 @@ def main(steps: int, seed: int = 0) -> float:
     tuner = model.base_model
     rates = {"adapter": 4e-3, "prompt": 4e-3, "architecture": 2e-2}
     optimizer = torch.optim.AdamW(
-        [{"params": params, "lr": rates[part]} for part, params in tuner.parts().items()], weight_decay=0.0
+        [{"params": tuner.parts()[part], "lr": rate} for part, rate in rates.items()], weight_decay=0.0
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     sampler = MixtureSampler(rows.row_tasks, Mixing(), seed, BATCH, num_samples=steps * BATCH)
