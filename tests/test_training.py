@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from peml import MTLLoRA, PemlError
+from peml import LoRA, MTLLoRA, PemlConfig, PemlError
+from peml.bank import BankLinear
 from peml.inspection import inspect_folder
 from peml.mixing import Mixing
 from peml.tasks.encode import IGNORED
@@ -399,3 +401,15 @@ def test_evaluation_rows_that_cannot_fit_stop_before_training(tmp_path: Path) ->
     with pytest.raises(PemlError, match=r"eval.jsonl:\d+: task 'color': 40 new tokens"):
         train(Recipe.model_validate(data), tmp_path / "run")
     assert not (tmp_path / "run").exists() and path.exists()
+
+
+def test_parts_follow_the_adapter_that_the_layers_have_in_force(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "model"))
+    first = PemlConfig(task_names=["a"], adapter=LoRA(r=2), task_type="CAUSAL_LM")
+    model = get_peft_model(base, first)
+    model.add_adapter("wide", PemlConfig(task_names=["b"], adapter=LoRA(r=3), task_type="CAUSAL_LM"))
+    # As transformers' own `set_adapter` does it: the layers are told, the tuner is not.
+    for module in base.modules():
+        if isinstance(module, BankLinear):
+            module.set_adapter("wide")
+    assert all(p.shape[0] == 3 for p in model.base_model.parts()["adapter"])

@@ -362,7 +362,7 @@ class PemlModel(BaseTuner):
         return {id(owner.get_parameter(key)) for owner in owners for key in owner.task_parameters}
 
     def _adapters(self) -> list[Any]:
-        name = self.active_adapters[0]
+        name = self.adapter_in_force or ""
         return [bank.peml_adapter[name] for bank in self._banks() if name in bank.peml_adapter]
 
     def collapse_prompt(self) -> None:
@@ -379,7 +379,8 @@ class PemlModel(BaseTuner):
         assert host is not None
         config.prompt, table = prompt.collapse()
         table.requires_grad_(prompt.seed.requires_grad)
-        host.peml_prompt[self.active_adapters[0]] = table
+        assert self.adapter_in_force is not None
+        host.peml_prompt[self.adapter_in_force] = table
 
     # Saving and loading
 

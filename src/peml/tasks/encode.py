@@ -38,7 +38,7 @@ class Encoded:
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Encoded:
     """One example for training; a written answer ends with the tokeniser's end token, a choice does not.
 
-    Choices are scored without it, and many base models have never seen their end token: a loss on it would
+    Choices are scored without it, and some base models have hardly seen their end token: a loss on it would
     drown that of the answer.
     """
     return encode_all(tokenizer, [example], max_length)[0]

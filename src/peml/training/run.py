@@ -54,7 +54,7 @@ def train(
         workbench: model and rows that are loaded already; its model gets the adapter.
 
     Raises:
-        PemlError: bad input; nothing is written then.
+        PemlError: bad input, before anything is written; or a training that diverged, before its adapter is.
     """
     name = Path(recipe).stem if isinstance(recipe, str | Path) else "run"
     recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
