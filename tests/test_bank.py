@@ -1,4 +1,4 @@
-"""The kernel and its host layer against ordinary autograd, for every kind of core, and the paper's counts."""
+"""The layer that hosts a bank: its equation, its precision, its base layer; siblings; the paper's counts."""
 
 import pytest
 import torch
@@ -9,69 +9,8 @@ import peml
 import references
 from models import TASKS, adapt, shake, tiny, tokens
 from peml import PemlError, routing
-from peml.bank import BankLinear, low_rank, low_rank_reference
+from peml.bank import BankLinear
 from peml.routing import Forward, Route
-
-
-def operands(core_lead: tuple[int, ...], shape: tuple[int, ...], frozen: bool = True, bias: bool = True):
-    """x `[*shape, 7]`, weight `[5, 7]`, R 3, Q 4."""
-    x, down, up = torch.randn(*shape, 7), torch.randn(3, 7), torch.randn(4, 5)
-    core = torch.randn(*core_lead, 4, 3)
-    tensors = [x, torch.randn(5, 7) if frozen else None, torch.randn(5) if frozen and bias else None, down, up, core]
-    return [t if t is None else t.double() for t in tensors]
-
-
-CORES = {
-    "shared": ((), (2, 3)),
-    "shared, flat": ((), (6,)),
-    "shared, deep": ((), (2, 2, 3)),
-    "by row": ((2,), (2, 3)),
-    "by row, flat": ((6,), (6,)),
-    "by row, deep": ((2,), (2, 2, 3)),
-    "by token": ((2, 3), (2, 3)),
-    "one token": ((1,), (1, 1)),
-}
-
-
-@pytest.mark.parametrize("core", CORES)
-@pytest.mark.parametrize(("frozen", "bias"), [(True, True), (True, False), (False, False)])
-def test_the_kernel_equals_autograd(core: str, frozen: bool, bias: bool) -> None:
-    first = operands(*CORES[core], frozen, bias)
-    second = [None if t is None else t.clone() for t in first]
-    gradients = []
-    outputs = []
-    for tensors, function in ((first, low_rank), (second, low_rank_reference)):
-        trained = [t.requires_grad_() for i, t in enumerate(tensors) if t is not None and i not in (1, 2)]
-        y = function(*tensors)
-        outputs.append(y)
-        gradients.append(torch.autograd.grad((y * torch.sin(y)).sum(), trained))
-    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
-    for left, right in zip(*gradients, strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("needed", ["x", "down", "up", "core"])
-def test_only_what_is_needed_gets_a_gradient(needed: str) -> None:
-    names = ["x", "weight", "bias", "down", "up", "core"]
-    tensors = operands((2,), (2, 3))
-    tensors[names.index(needed)].requires_grad_()
-    low_rank(*tensors).sum().backward()
-    assert [name for name, t in zip(names, tensors, strict=True) if t.grad is not None] == [needed]
-
-
-def test_gradcheck() -> None:
-    tensors = operands((2,), (2, 3))
-    for i in (0, 3, 4, 5):
-        tensors[i].requires_grad_()
-    assert torch.autograd.gradcheck(low_rank, tensors)
-
-
-def test_a_second_derivative_is_refused_not_wrong() -> None:
-    tensors = operands((), (2, 3))
-    tensors[0].requires_grad_()
-    (gradient,) = torch.autograd.grad(low_rank(*tensors).square().sum(), tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-        gradient.sum().backward()
 
 
 def test_what_is_saved_does_not_grow_with_tasks_or_experts() -> None:
@@ -144,8 +83,8 @@ def test_diagonal_equals_full_with_a_diagonal_matrix() -> None:
         for name in ("down", "up", "routing"):
             getattr(one, name).copy_(getattr(other, name))
     for task in range(3):
-        ids = torch.tensor([task])
-        assert torch.equal(one.core(ids), other.core(ids))
+        route = Route.of(task, TASKS)
+        assert torch.equal(one.core(one.core_tensors(), route), other.core(other.core_tensors(), route))
 
 
 class Doubling(nn.Linear):
@@ -215,3 +154,128 @@ def test_a_collapsed_prefix_counts_as_its_table() -> None:
 def test_sizes_must_be_positive(name: str) -> None:
     with pytest.raises(PemlError, match=f"adapter.{name} must be above 0, not 0"):
         peml.MTLLoRA(**{name: 0})
+
+
+# Siblings
+
+
+class Attention(nn.Module):
+    """Three layers that read one input, and one that does not; `order` and `read` are what a model might do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, out in (("q_proj", 6), ("k_proj", 4), ("v_proj", 4), ("o_proj", 7)):
+            setattr(self, name, nn.Linear(7, out))
+        self.order = ["q_proj", "k_proj", "v_proj"]
+        self.read = lambda name, x: x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([getattr(self, name)(self.read(name, x)) for name in self.order], dim=-1)
+
+
+@pytest.fixture
+def attention(monkeypatch: pytest.MonkeyPatch):
+    """The model in double precision, and the sizes of the groups that the kernel computes."""
+    sizes: list[int] = []
+    original = peml.bank.low_rank
+
+    def spy(x, branches, dropout=0.0):
+        sizes.append(len(branches))
+        return original(x, branches, dropout)
+
+    monkeypatch.setattr(peml.bank, "low_rank", spy)
+    return adapt(Attention().double(), peml.MTLLoRA(r=2), target_modules="all-linear"), sizes
+
+
+def alone(model, x, task="sst2") -> torch.Tensor:
+    """Each layer by itself."""
+    inner = model.base_model.model
+    with routing.opened(Forward(Route.of(task, TASKS))):
+        groups = {name: getattr(inner, name).siblings for name in ("q_proj", "k_proj", "v_proj")}
+        for name in groups:
+            getattr(inner, name).siblings = None
+        y = inner.forward(x)
+        for name, group in groups.items():
+            getattr(inner, name).siblings = group
+    return y
+
+
+def test_siblings_are_computed_together(attention) -> None:
+    model, sizes = attention
+    x = torch.randn(2, 3, 7).double()
+    y = model(x, tasks="sst2")
+    assert sizes == [3]
+    torch.testing.assert_close(y, alone(model, x), rtol=1e-12, atol=1e-12)
+    assert routing.current() is None
+
+
+@pytest.mark.parametrize(
+    ("change", "sizes_wanted"),
+    [
+        (lambda m: setattr(m, "order", ["k_proj", "v_proj", "q_proj"]), [1, 1, 3]),  # the first is called last
+        (lambda m: setattr(m, "order", ["k_proj"]), [1]),
+        (lambda m: setattr(m, "order", ["q_proj", "q_proj", "k_proj", "v_proj"]), [3, 3]),
+        (lambda m: setattr(m, "read", lambda name, x: x if name == "q_proj" else x * 2), [3, 1, 1]),  # other inputs
+        (lambda m: setattr(m, "read", lambda name, x: x.add_(1)), [3, 1, 1]),  # the same tensor, changed in place
+        (lambda m: m.k_proj.register_forward_hook(lambda *a: a[2] + 1), [1, 1, 1]),
+        (lambda m: m.k_proj.base_layer.register_forward_hook(lambda *a: a[2] + 1), [1, 1, 1]),
+        (lambda m: m.v_proj.base_layer.weight.requires_grad_(), [1, 1, 1]),
+    ],
+)  # fmt: skip
+def test_what_siblings_do_not_share_is_computed_apart(attention, change, sizes_wanted) -> None:
+    model, sizes = attention
+    change(model.base_model.model)
+    x = torch.randn(2, 3, 7).double()
+    y = model(x.clone(), tasks="sst2")
+    assert sizes == sizes_wanted
+    torch.testing.assert_close(y, alone(model, x.clone()), rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_called_outside_of_a_model_computes_itself(attention) -> None:
+    model, sizes = attention
+    with model.base_model.routed("rte"):
+        pass
+    layer, x = model.base_model.model.q_proj, torch.randn(2, 7).double()
+    with routing.opened(Forward(Route.of("rte", TASKS))):
+        layer.siblings, group = None, layer.siblings
+        expected = layer(x)
+        layer.siblings = group
+        torch.testing.assert_close(layer(x), expected)
+    assert sizes == [1, 3]
+
+
+def test_a_leader_without_the_active_adapter_leaves_the_others_to_themselves(attention) -> None:
+    model, sizes = attention
+    config = peml.PemlConfig(task_names=["b"], adapter=peml.LoRA(r=1), target_modules=["k_proj", "v_proj"])
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    model(torch.randn(2, 3, 7).double())
+    assert sizes == [1, 1]
+
+
+def test_cross_attention_shares_keys_and_values_only() -> None:
+    model = nn.Module()
+    model.add_module("EncDecAttention", Attention())
+    model.add_module("SelfAttention", Attention())
+    for parent in list(model.children()):
+        for name, linear in list(parent.named_children()):
+            setattr(parent, name, bank(linear, peml.LoRA(r=1)))
+    peml.bank.group_siblings(model)
+    for name, wanted in (("EncDecAttention", 2), ("SelfAttention", 3)):
+        parent = getattr(model, name)
+        assert len(parent.v_proj.siblings.layers) == wanted and parent.o_proj.siblings is None
+    assert model.EncDecAttention.q_proj.siblings is None
+
+
+def test_cores_of_all_layers_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = adapt(tiny(), peml.MTLLoRA(r=2)), []
+    original = peml.adapters.MTLLoRAAdapter.core
+    monkeypatch.setattr(
+        peml.adapters.MTLLoRAAdapter, "core", lambda self, *args: calls.append(1) or original(self, *args)
+    )
+    batch = tokens(3)
+    together = model(input_ids=batch, tasks=TASKS).logits
+    assert len(calls) == 1
+    monkeypatch.setattr(peml.tuner, "resident", lambda module: False)  # as where weights are sharded
+    torch.testing.assert_close(model(input_ids=batch, tasks=TASKS).logits, together, rtol=1e-12, atol=1e-12)
+    assert len(calls) == 1 + 14

@@ -19,6 +19,7 @@ ROOMS = [
     "routing",
     "adapters",
     "prompts",
+    "kernel",
     "bank",
     "attention",
     "hooks",

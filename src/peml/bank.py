@@ -1,116 +1,39 @@
-"""The low-rank bank: one kernel for all adapters, and the layer that hosts it on a frozen linear.
-
-    H = X down'          M = C H          Y = X W' + b + M up
-
-One autograd function computes the frozen linear and the update together and keeps X and H, nothing else. Backward:
-
-    G_M = dY up'     G_H = C' G_M     d_up = M' dY     dC = G_M' H     d_down = G_H' X     dX = dY W + G_H down
-
-Letters: `N` rows times tokens, `I`/`O` in/out features, `Q` = R_out and `R` = R_in, rows of `up` and `down`.
-"""
+"""The layer that hosts low-rank banks on a frozen linear, and the groups of such layers that read one input."""
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from peml import routing
 from peml.adapters.base import Adapter
 from peml.errors import PemlError
+from peml.kernel import Branch, low_rank
+from peml.routing import Forward, Route
 
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_proj", "kv_a_proj_with_mqa"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+"""Names of linear layers that read the same input in transformers' models, in the order in which they are called."""
 
-def low_rank_reference(
-    x: Tensor, weight_OI: Tensor | None, bias_O: Tensor | None, down_RI: Tensor, up_QO: Tensor, core: Tensor
-) -> Tensor:
-    """`X W' + b + (C X down') up` in ordinary autograd: what `low_rank` must equal; twice differentiable."""
-    update = _apply_core(core, F.linear(x, down_RI)) @ up_QO
-    return update if weight_OI is None else F.linear(x, weight_OI, bias_O) + update
-
-
-def low_rank(
-    x: Tensor, weight_OI: Tensor | None, bias_O: Tensor | None, down_RI: Tensor, up_QO: Tensor, core: Tensor
-) -> Tensor:
-    """The same as `low_rank_reference`, in one autograd function.
-
-    Args:
-        x: `[..., I]`; its first dimension is the rows when the core differs by row.
-        weight_OI: frozen weight, or None for the update alone.
-        bias_O: frozen bias, or None.
-        down_RI: `[R, I]`, in the dtype of x.
-        up_QO: `[Q, O]`, in the dtype of x.
-        core: `[Q, R]`, or one per row `[B, Q, R]`, or one per token `[B, S, Q, R]`.
-    """
-    return _LowRank.apply(x, weight_OI, bias_O, down_RI, up_QO, core)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _apply_core(core: Tensor, hidden: Tensor) -> Tensor:
-    """`C H` for a core that is shared, per row or per token; `hidden [..., R]` -> `[..., Q]`."""
-    if core.ndim == 2:
-        return hidden @ core.T
-    if core.ndim == 3:
-        by_row = hidden.reshape(core.shape[0], -1, hidden.shape[-1])
-        return torch.bmm(by_row, core.transpose(1, 2)).view(*hidden.shape[:-1], core.shape[1])
-    return torch.einsum("bsr,bsqr->bsq", hidden, core)
-
-
-class _LowRank(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, down: Tensor, up: Tensor, core: Tensor
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        hidden = rows @ down.T
-        mixed = _apply_core(core, hidden.view(*x.shape[:-1], -1)).reshape(rows.shape[0], -1)
-        if weight is None:
-            y = mixed @ up
-        else:
-            y = F.linear(rows, weight, bias)
-            y.addmm_(mixed, up)
-        ctx.save_for_backward(rows, hidden, weight, down, up, core)
-        ctx.x_shape = x.shape
-        return y.view(*x.shape[:-1], up.shape[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, hidden, weight, down, up, core = ctx.saved_tensors
-        need_x, _, _, need_down, need_up, need_core = ctx.needs_input_grad
-        dy = grad.reshape(-1, grad.shape[-1])
-        lead = ctx.x_shape[:-1]
-        grad_m = dy @ up.T
-        by_lead = grad_m.view(*lead, -1)
-        grad_h = _apply_core(core.transpose(-1, -2), by_lead).reshape(rows.shape[0], -1)
-        grad_up = grad_core = grad_down = grad_x = None
-        if need_up:
-            mixed = _apply_core(core, hidden.view(*lead, -1)).reshape(rows.shape[0], -1)
-            grad_up = mixed.T @ dy
-        if need_core:
-            if core.ndim == 2:
-                grad_core = grad_m.T @ hidden
-            elif core.ndim == 3:
-                b = core.shape[0]
-                grad_core = torch.bmm(
-                    grad_m.view(b, -1, core.shape[1]).transpose(1, 2), hidden.view(b, -1, core.shape[2])
-                )
-            else:
-                grad_core = by_lead.unsqueeze(-1) * hidden.view(*lead, 1, -1)
-        if need_down:
-            grad_down = grad_h.T @ rows
-        if need_x:
-            if weight is None:
-                grad_x = grad_h @ down
-            else:
-                grad_x = dy @ weight
-                grad_x.addmm_(grad_h, down)
-            grad_x = grad_x.view(ctx.x_shape)
-        return grad_x, None, None, grad_down, grad_up, grad_core
+CROSS = re.compile(r"(cross|encoder_attn|encdec)[^.]*$", re.IGNORECASE)
+"""Attention whose queries read something else than its keys and values do."""
 
 
 class BankLinear(nn.Module, BaseTunerLayer):
@@ -137,6 +60,7 @@ class BankLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._pristine: Tensor | None = None
+        self.siblings: Siblings | None = None
         if isinstance(base_layer, Conv1D):
             self.in_features, self.out_features = base_layer.weight.shape
         else:
@@ -168,32 +92,33 @@ class BankLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`W x + b` plus the update of each row's task."""
-        adapter = self.active()
-        if adapter is None:
+        if self.active() is None:
             if self.merged and self._disable_adapters:
                 self.unmerge()
             return self.base_layer(x)  # type: ignore[no-any-return]
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        core = adapter.core(self._task_ids(adapter, x)).to(dtype)
-        if core.ndim > 2 and core.shape[0] == 1:
-            core = core[0] if core.ndim == 3 else core.expand(x.shape[0], -1, -1, -1)
-        down, up = adapter.bank()
-        down, up = down.to(dtype), up.to(dtype)
+        forward = routing.current()
+        if self.siblings is not None and forward is not None:
+            handed = self.siblings.output(self, x, forward)
+            if handed is not None:
+                return handed
+        return _together((self,), x, forward)[0]
+
+    def branch(self, adapter: Adapter, x: Tensor, dtype: torch.dtype, forward: Forward | None) -> Branch:
+        """What the kernel computes for this layer."""
+        route = self._route(adapter, x, forward)
+        core = None if forward is None else forward.cores.get(adapter)
+        if core is None:
+            core = shared(adapter, adapter.core(adapter.core_tensors(), route, x))
+        if route is not None and route.per_token and core.shape[0] == 1:
+            core = core.expand(x.shape[0], *[-1] * (core.ndim - 1))
+        down, up = adapter.bank(route)
         weight, bias = self._frozen(dtype)
-        dropped = self.training and adapter.lora_dropout > 0
-        with torch.autocast(x.device.type, enabled=False):
-            if weight is None or dropped:
-                base: Tensor = self.base_layer(x) if weight is None else F.linear(x.to(dtype), weight, bias)
-                inner = F.dropout(x, adapter.lora_dropout) if dropped else x
-                return base + low_rank(inner.to(dtype), None, None, down, up, core).to(base.dtype)
-            return low_rank(x.to(dtype), weight, bias, down, up, core)
+        return Branch(weight, bias, down, up, core, adapter.diagonal)
 
     def _frozen(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Weight `[O, I]` and bias of a plain frozen layer; (None, None) where only the layer itself can compute."""
         layer = self.base_layer
-        if type(layer) not in (nn.Linear, Conv1D) or layer.weight.requires_grad:
+        if type(layer) not in (nn.Linear, Conv1D) or layer.weight.requires_grad or not resident(layer):
             return None, None
         # Hooked from outside, or its forward replaced (accelerate, which fetches weights that are elsewhere).
         if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
@@ -202,33 +127,43 @@ class BankLinear(nn.Module, BaseTunerLayer):
         weight = weight.T if isinstance(layer, Conv1D) else weight
         return weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    def _task_ids(self, adapter: Adapter, x: Tensor) -> Tensor | None:
+    def _route(self, adapter: Adapter, x: Tensor, forward: Forward | None) -> Route | None:
         if not adapter.needs_task:
             return None
-        forward = routing.current()
         if forward is None or forward.route is None:
             names = self.task_names[self.active_adapters[0]]
             raise PemlError(f"this adapter is routed by task: pass tasks= with one of {', '.join(names)} per row")
-        ids = forward.route.rows(x.shape[0], x.device)
-        if forward.route.per_token and ids.shape[1] != x.shape[1]:
-            raise PemlError(f"`tasks=` has a task for {ids.shape[1]} tokens per row but rows have {x.shape[1]}")
-        return ids
+        route, given = forward.route, forward.route.ids.shape
+        if given[0] != 1 and x.shape[0] % given[0] or (route.per_token and given[0] not in (1, x.shape[0])):
+            raise PemlError(f"`tasks=` has {given[0]} entries but the batch has {x.shape[0]} rows: one task per row")
+        if route.per_token and given[1] != x.shape[1]:
+            raise PemlError(f"`tasks=` has a task for {given[1]} tokens per row but rows have {x.shape[1]}")
+        return route.to(x.device)
+
+    @torch.no_grad()
+    def fold(self, adapter_name: str, task: int | None = None) -> tuple[Tensor, Tensor]:
+        """The plain low-rank pair `down' [R', I]` and `up' [R', O]` that equals an adapter for one task.
+
+        Args:
+            adapter_name: the PEFT adapter.
+            task: its id; None: the selected one.
+
+        Raises:
+            PemlError: the adapter needs a task and none is given or selected, or no such pair exists.
+        """
+        adapter: Adapter = self.peml_adapter[adapter_name]  # type: ignore[assignment]
+        task = self.selected_task.get(adapter_name) if task is None else task
+        if not adapter.needs_task:
+            return adapter.fold(None)
+        if task is None:
+            names = self.task_names[adapter_name]
+            raise PemlError(f"merging needs one task: call select_task() with one of {', '.join(names)} first")
+        return adapter.fold(Route.of_ids(torch.tensor([task])).to(next(adapter.parameters()).device))
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """`(up' C down)` of the selected task in fp32 or better, in the orientation of the base weight."""
-        adapter: Adapter = self.peml_adapter[adapter_name]  # type: ignore[assignment]
-        down, up = adapter.bank()
-        ids = None
-        if adapter.needs_task:
-            if adapter_name not in self.selected_task:
-                names = self.task_names[adapter_name]
-                raise PemlError(f"merging needs one task: call select_task() with one of {', '.join(names)} first")
-            ids = torch.tensor([self.selected_task[adapter_name]], device=down.device)
-        core = adapter.core(ids)
-        core = core[0] if core.ndim == 3 else core
-        dtype = torch.promote_types(up.dtype, torch.float32)
-        delta = up.to(dtype).T @ core.to(dtype) @ down.to(dtype)
-        return delta.T if isinstance(self.base_layer, Conv1D) else delta
+        """`up' C down` of the selected task in fp32 or better, in the orientation of the base weight."""
+        down, up = self.fold(adapter_name)
+        return down.T @ up if isinstance(self.base_layer, Conv1D) else up.T @ down
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -274,3 +209,88 @@ class BankLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "peml." + super().__repr__()
+
+
+class Siblings:
+    """Layers that read one input: the first one called computes them all, the others take what is theirs.
+
+    The results lie in the `Forward`, under the identity of the input. A layer that is called with another input, or
+    outside of a model's forward, computes by itself.
+    """
+
+    def __init__(self, layers: Sequence[BankLinear]) -> None:
+        self.layers = tuple(layers)
+
+    def output(self, layer: BankLinear, x: Tensor, forward: Forward) -> Tensor | None:
+        """The layer's output, or None if it has to compute by itself."""
+        version = 0 if x.is_inference() else x._version
+        handed = forward.handed.get(self)
+        if handed is not None and handed[0] is x and handed[1] == version and layer in handed[2]:
+            output = handed[2].pop(layer)
+            if not handed[2]:
+                del forward.handed[self]
+            return output
+        if layer is not self.layers[0] or not all(self._fits(other) for other in self.layers):
+            return None
+        outputs = dict(zip(self.layers, _together(self.layers, x, forward), strict=True))
+        own = outputs.pop(layer)
+        forward.handed[self] = (x, version, outputs)
+        return own
+
+    @staticmethod
+    def _fits(layer: BankLinear) -> bool:
+        """Whether another layer may compute for this one: not if weights are fetched, or outputs changed, at its call."""
+        adapter = layer.active()
+        if adapter is None or layer._forward_hooks or layer._forward_pre_hooks:
+            return False
+        return resident(adapter) and layer._frozen(layer.base_layer.weight.dtype)[0] is not None
+
+
+def group_siblings(model: nn.Module) -> None:
+    """Tell the layers of a model which of them read one input."""
+    for path, parent in model.named_modules():
+        own = {name: child for name, child in parent.named_children() if isinstance(child, BankLinear)}
+        for layer in own.values():
+            layer.siblings = None
+        for names in SIBLINGS:
+            names = names[1:] if CROSS.search(path) else names
+            group = [own[name] for name in names if name in own and own[name].siblings is None]
+            if len(group) > 1 and len({layer.in_features for layer in group}) == 1:
+                siblings = Siblings(group)
+                for layer in group:
+                    layer.siblings = siblings
+
+
+def resident(module: nn.Module) -> bool:
+    """Whether a module's own weights are whole and here: not sharded, quantised, or of another tensor class."""
+    return all(type(p) in (Tensor, nn.Parameter) and not hasattr(p, "ds_id") for p in module.parameters(recurse=False))
+
+
+def shared(adapter: Adapter, core: Tensor, leading: int = 0) -> Tensor:
+    """Drop the dimension of the rows where one task has them all; `leading` dimensions stand in front of it."""
+    own = leading + (1 if adapter.diagonal else 2)
+    return core.squeeze(leading) if core.ndim == own + 1 and core.shape[leading] == 1 else core
+
+
+def _together(layers: Sequence[BankLinear], x: Tensor, forward: Forward | None) -> list[Tensor]:
+    """Outputs of layers with an active adapter on one input."""
+    dtype, device = x.dtype, x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    adapters = [layer.active() for layer in layers]
+    with torch.autocast(device, enabled=False):
+        branches = [
+            layer.branch(adapter, x, dtype, forward)
+            for layer, adapter in zip(layers, adapters, strict=True)
+            if adapter is not None
+        ]
+        dropout = max(a.lora_dropout for a in adapters if a is not None) if layers[0].training else 0.0
+        *outputs, _ = low_rank(x.to(dtype), branches, dropout)
+    return [
+        y if branch.weight is not None else _add(layer.base_layer(x), y)
+        for layer, branch, y in zip(layers, branches, outputs, strict=True)
+    ]
+
+
+def _add(base: Tensor, update: Tensor) -> Tensor:
+    return base + update.to(base.dtype)

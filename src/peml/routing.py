@@ -13,7 +13,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,11 +33,15 @@ class Route:
 
     Args:
         ids: `[1]` (one task for all rows), `[B]`, or `[B, S]` for rows that pack several tasks; int64.
-        present: the distinct tasks, ascending, known on the host so that no layer has to ask the device.
+        present: the G distinct tasks, ascending, known on the host so that no layer has to ask the device.
+        index: position of every id in `present`, in the shape of `ids`.
+        chosen: `present` as a tensor `[G]`.
     """
 
     ids: Tensor
     present: tuple[int, ...]
+    index: Tensor
+    chosen: Tensor
 
     @classmethod
     def of(cls, tasks: Tasks, task_names: Sequence[str]) -> Route:
@@ -58,11 +62,25 @@ class Route:
         if any(packed):
             if not all(packed) or len({len(row) for row in raw}) != 1:
                 raise PemlError("`tasks=` with a task per token needs lists of equal length, one per row")
-            ids = [[_id_of(t, table) for t in row] for row in raw]
-            present = sorted({t for row in ids for t in row})
-            return cls(torch.tensor(ids), tuple(present))
-        flat = [_id_of(t, table) for t in raw]
-        return cls(torch.tensor(flat), tuple(sorted(set(flat))))
+            return cls.of_ids(torch.tensor([[_id_of(t, table) for t in row] for row in raw]))
+        return cls.of_ids(torch.tensor([_id_of(t, table) for t in raw]))
+
+    @classmethod
+    def of_ids(cls, ids: Tensor) -> Route:
+        """The route of ids that are known to be valid, on the host: `[1]`, `[B]` or `[B, S]`."""
+        chosen, index = torch.unique(ids, return_inverse=True)
+        return cls(ids, tuple(chosen.tolist()), index, chosen)
+
+    def to(self, device: torch.device) -> Route:
+        """The same on a device."""
+        if self.ids.device == device:
+            return self
+        ids, index, chosen = (t.to(device, non_blocking=True) for t in (self.ids, self.index, self.chosen))
+        return Route(ids, self.present, index, chosen)
+
+    def rows_present(self, stacked: Tensor) -> Tensor:
+        """Of a tensor `[T, ...]` stacked over tasks, the rows of the tasks present: `[G, ...]`."""
+        return stacked if len(self.present) == stacked.shape[0] else stacked.index_select(0, self.chosen)
 
     @property
     def per_token(self) -> bool:
@@ -75,9 +93,7 @@ class Route:
 
     def groups(self, num_rows: int, device: torch.device) -> Tensor:
         """Index of each row's task in `present`: what a tensor stacked over the tasks present is gathered with."""
-        position = {task: i for i, task in enumerate(self.present)}
-        index = torch.tensor([position[int(t)] for t in self.ids.flatten().tolist()]).view(self.ids.shape)
-        return self._expand(index, num_rows).to(device, non_blocking=True)
+        return self._expand(self.index, num_rows).to(device, non_blocking=True)
 
     def _expand(self, ids: Tensor, num_rows: int) -> Tensor:
         given = ids.shape[0]
@@ -111,6 +127,8 @@ class Forward:
             checkpointing cannot walk more than once.
         model: the base model that it is for: a model called inside another one's block must not take its route.
         adapter: the PEFT adapter whose task names gave the route its ids.
+        cores: cores computed ahead, for all layers at once, by adapter module.
+        handed: outputs that a layer has computed for its siblings, by group: input, its version, output by layer.
         entered: opened by a hook as the batch entered, not by a `with` block around the call.
         before: what was open around it.
     """
@@ -120,6 +138,8 @@ class Forward:
     generated: bool = False
     model: nn.Module | None = None
     adapter: str | None = None
+    cores: Mapping[nn.Module, Tensor] = field(default_factory=dict)
+    handed: dict[Any, tuple[Tensor, int, dict[Any, Tensor]]] = field(default_factory=dict)
     entered: bool = False
     before: Forward | None = None
 
@@ -188,11 +208,14 @@ class _Bound:
         forward = current()
         if forward is None:
             return self.checkpoint(layer, *args, **kwargs)
-        if forward.generated and torch.is_grad_enabled() and self._reentrant(kwargs):
-            raise PemlError(
-                "reentrant gradient checkpointing cannot be used while a prefix is generated, because every layer "
-                'would walk the generator again: set gradient_checkpointing_kwargs={"use_reentrant": False}'
-            )
+        if torch.is_grad_enabled() and self._reentrant(kwargs):
+            if forward.generated:
+                raise PemlError(
+                    "reentrant gradient checkpointing cannot be used while a prefix is generated, because every layer "
+                    'would walk the generator again: set gradient_checkpointing_kwargs={"use_reentrant": False}'
+                )
+            # Cores computed ahead hang on one graph as well; here each layer computes its own.
+            forward = replace(forward, cores={})
 
         @functools.wraps(layer)
         def reopened(*inner: Any, **named: Any) -> Any:

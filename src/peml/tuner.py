@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peml import attention, routing, saving
+from peml.adapters import Adapter
 from peml.attention import PromptHost
-from peml.bank import BankLinear
+from peml.bank import BankLinear, group_siblings, resident, shared
 from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.hooks import ForwardHooks
@@ -40,6 +41,7 @@ class PemlModel(BaseTuner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._selected: dict[str, int] = {}
+        self._bank_layers: list[BankLinear] | None = None
         super().__init__(*args, **kwargs)
         self._install_hooks()
 
@@ -64,7 +66,7 @@ class PemlModel(BaseTuner):
         fresh = None
         if config.prompt is not None and host is None:
             # Adapters that are there already want a task for the probe; any will do.
-            any_task = Forward(Route(torch.tensor([0]), (0,)), {}, model=model, adapter=self.adapter_in_force)
+            any_task = Forward(Route.of(0, config.task_names), {}, model=model, adapter=self.adapter_in_force)
             with routing.opened(any_task):
                 fresh = attention.install(model)
         try:
@@ -77,6 +79,8 @@ class PemlModel(BaseTuner):
             if fresh is not None:
                 attention.uninstall(model, fresh)
             raise
+        group_siblings(model)
+        self._bank_layers = None
         if fresh is not None:
             setattr(model, HOST, fresh)
         if host is not None and config.prompt is not None:
@@ -241,7 +245,10 @@ class PemlModel(BaseTuner):
         return route
 
     def _banks(self) -> list[BankLinear]:
-        return [module for module in self.model.modules() if isinstance(module, BankLinear)]
+        # Asked in every forward, and to walk a large model takes as long as a layer.
+        if self._bank_layers is None:
+            self._bank_layers = [module for module in self.model.modules() if isinstance(module, BankLinear)]
+        return self._bank_layers
 
     def _merged(self, config: PemlConfig) -> bool:
         return config.adapter is not None and config.adapter.needs_task and any(bank.merged for bank in self._banks())
@@ -250,7 +257,7 @@ class PemlModel(BaseTuner):
         """Resolve the route of a batch and compute its prefix."""
         route, host = self._route(tasks, rows), self._prompt_host()
         prompt = None if host is None else host.active()
-        forward = Forward(route, model=self.model, adapter=self.adapter_in_force)
+        forward = Forward(route, model=self.model, adapter=self.adapter_in_force, cores=self._cores(route))
         if prompt is None:
             return forward
         if prompt.needs_task and route is None:
@@ -259,6 +266,27 @@ class PemlModel(BaseTuner):
         layers = prompt(None if route is None else route.present)
         prefix = {slot: layer for slot, layer in enumerate(layers) if layer is not None}
         return replace(forward, prefix=prefix, generated=prompt.generated)
+
+    def _cores(self, route: Route | None) -> dict[nn.Module, Tensor]:
+        """Cores of all layers in a few operations; layers that are not in it compute their own."""
+        adapters = [adapter for bank in self._banks() if (adapter := bank.active()) is not None]
+        if not adapters or adapters[0].reads_input or (adapters[0].needs_task and route is None):
+            return {}
+        by_device: dict[torch.device, list[Adapter]] = {}
+        for adapter in adapters:
+            if not resident(adapter):
+                return {}
+            by_device.setdefault(next(adapter.parameters()).device, []).append(adapter)
+        cores: dict[nn.Module, Tensor] = {}
+        for device, group in by_device.items():
+            here, first = None if route is None else route.to(device), group[0]
+            with torch.autocast(device.type, enabled=False):
+                if not first.core_parameters:
+                    cores |= dict.fromkeys(group, shared(first, first.core({}, here)))
+                    continue
+                stacked = {n: torch.stack([getattr(a, n) for a in group]) for n in first.core_parameters}
+                cores |= zip(group, shared(first, first.core(stacked, here), leading=1).unbind(), strict=True)
+        return cores
 
     def counts_positions(self) -> bool:
         """Whether the model counts positions from the left, as decoders do."""

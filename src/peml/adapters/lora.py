@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from peml.adapters.base import Adapter, AdapterConfig, kaiming, positive, probability
+from peml.routing import Route
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,15 @@ class LoRA(AdapterConfig):
         """R (I + O)."""
         return self.r * (in_features + out_features)
 
+    def folded_rank(self, num_tasks: int) -> int:
+        """R."""
+        return self.r
+
 
 class LoRAAdapter(Adapter):
     """`down [R, I]`, `up [R, O]`, core `s I`."""
+
+    diagonal = True
 
     def __init__(self, config: LoRA, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -68,10 +76,10 @@ class LoRAAdapter(Adapter):
         self.down = kaiming(config.r, in_features)
         self.up = nn.Parameter(torch.zeros(config.r, out_features))
 
-    def bank(self) -> tuple[Tensor, Tensor]:
+    def bank(self, route: Route | None) -> tuple[Tensor, Tensor]:
         """`down`, `up`."""
         return self.down, self.up
 
-    def core(self, task_ids: Tensor | None) -> Tensor:
-        """`s I`, whatever the task."""
-        return torch.eye(self.down.shape[0], dtype=self.down.dtype, device=self.down.device) * self.scaling
+    def core(self, tensors: Mapping[str, Tensor], route: Route | None, x: Tensor | None = None) -> Tensor:
+        """`s`, R times, whatever the task."""
+        return self.down.new_full(self.down.shape[:1], self.scaling)

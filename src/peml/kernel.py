@@ -1,0 +1,221 @@
+"""The low-rank kernel: frozen linear layers that read one input, each with its update, in one autograd function.
+
+    H = X down'          M_i = C_i H_i          Y_i = X W_i' + b_i + M_i up_i
+
+for every layer i of a group of siblings, such as q, k and v; `down` is all their down-projections in one. The function
+keeps X once and H, nothing else. Backward:
+
+    G_M,i = dY_i up_i'     G_H,i = C_i' G_M,i     d_up,i = M_i' dY_i     dC_i = G_M,i' H_i
+    d_down = G_H' X        dX = sum_i dY_i W_i + G_H down
+
+What costs is passes over tensors of N rows, not arithmetic: a core that all rows share is folded into `up` first, and
+`down`, `up` and `C` are cast to the dtype of X, never X to theirs.
+
+Letters: `N` rows times tokens, `I`/`O` in/out features, `Q` = R_out and `R` = R_in, rows of `up` and `down`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Branch(NamedTuple):
+    """One linear layer of a group.
+
+    Shapes:
+        weight `[O, I]` and bias `[O]`, frozen; without a weight the output is the update alone.
+        down `[R, I]`, up `[Q, O]`, in any precision.
+        core: `[Q, R]` for all rows, or with dimensions in front whose product divides N: one core for each run of
+            N/product rows. If `diagonal`, `[..., R]`.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    down: Tensor
+    up: Tensor
+    core: Tensor
+    diagonal: bool = False
+
+
+def low_rank_reference(x: Tensor, branch: Branch) -> Tensor:
+    """`X W' + b + (C X down') up` in ordinary autograd: what `low_rank` must equal; twice differentiable."""
+    core = torch.diag_embed(branch.core) if branch.diagonal else branch.core
+    hidden = F.linear(x, branch.down.to(x.dtype)).reshape(-1, branch.down.shape[0])
+    cores = core.to(x.dtype).reshape(-1, *core.shape[-2:])
+    mixed = torch.einsum("bnr,bqr->bnq", hidden.view(len(cores), -1, hidden.shape[-1]), cores)
+    update = (mixed.reshape(-1, core.shape[-2]) @ branch.up.to(x.dtype)).view(*x.shape[:-1], -1)
+    return update if branch.weight is None else F.linear(x, branch.weight, branch.bias) + update
+
+
+def low_rank(x: Tensor, branches: Sequence[Branch], dropout: float = 0.0) -> list[Tensor]:
+    """Outputs of all branches on one input `[..., I]`, and H `[..., sum of R]` behind them.
+
+    Args:
+        x: in the dtype of the frozen weights.
+        branches: the layers that read it.
+        dropout: probability of zeroing an entry of x before `down`, drawn once for all branches.
+    """
+    seed = int(torch.randint(2**62, ())) if dropout else 0
+    plan = _Plan(tuple(b.diagonal for b in branches), dropout, seed)
+    tensors = [t for b in branches for t in b[:5]]
+    if torch.is_grad_enabled():
+        return list(_LowRank.apply(plan, x, *tensors))  # type: ignore[no-untyped-call]
+    return _forward(plan, x, tensors)[0]
+
+
+class _Plan(NamedTuple):
+    diagonal: tuple[bool, ...]
+    dropout: float
+    seed: int
+
+
+class _Folded(NamedTuple):
+    """A branch's core and `up` in the dtype of the computation; no core where all rows share it."""
+
+    core: Tensor | None
+    up: Tensor
+
+
+def _fold(core: Tensor, up: Tensor, diagonal: bool, dtype: torch.dtype) -> _Folded:
+    own = 1 if diagonal else 2
+    if core.ndim > own:
+        return _Folded(core.reshape(-1, *core.shape[-own:]).to(dtype), up.to(dtype))
+    folded = core[:, None] * up if diagonal else core.T.to(up.dtype) @ up
+    return _Folded(None, folded.to(dtype))
+
+
+def _mix(core: Tensor | None, hidden: Tensor) -> Tensor:
+    """`C H`, one core for each run of rows: `[N, R]` -> `[N, Q]`."""
+    if core is None:
+        return hidden
+    runs = hidden.view(core.shape[0], -1, hidden.shape[1])
+    if core.ndim == 2:
+        return (runs * core.unsqueeze(1)).view(hidden.shape)
+    return torch.bmm(runs, core.transpose(1, 2)).view(hidden.shape[0], -1)
+
+
+def _kept(plan: _Plan, rows: Tensor) -> tuple[Tensor, float]:
+    """Which entries of x dropout keeps, the same each time it is asked, and the probability of that."""
+    generator = torch.Generator(rows.device).manual_seed(plan.seed)
+    # Four decisions from each random number, 16 bits each: drawing is what dropout costs.
+    words = torch.empty((rows.numel() + 3) // 4, dtype=torch.int64, device=rows.device)
+    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: rows.numel()].view(rows.shape)
+    dropped = round(plan.dropout * 2**16)
+    return bits >= dropped - 2**15, 1 - dropped / 2**16
+
+
+def _down(downs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return (downs[0] if len(downs) == 1 else torch.cat([d.detach() for d in downs])).to(dtype)
+
+
+def _forward(plan: _Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Outputs and H; the rows; H as a matrix."""
+    rows = x.reshape(-1, x.shape[-1])
+    down = _down([t for t in tensors[2::5] if t is not None], x.dtype)
+    if plan.dropout:
+        kept, probability = _kept(plan, rows)
+        hidden = (rows * kept) @ down.T / probability
+    else:
+        hidden = rows @ down.T
+    outputs, start = [], 0
+    for i, diagonal in enumerate(plan.diagonal):
+        weight, bias, own_down, up, core = tensors[5 * i : 5 * i + 5]
+        assert own_down is not None and up is not None and core is not None
+        folded = _fold(core, up, diagonal, x.dtype)
+        mixed = _mix(folded.core, hidden[:, start : start + own_down.shape[0]])
+        start += own_down.shape[0]
+        if weight is None:
+            y = mixed @ folded.up
+        else:
+            y = F.linear(rows, weight, bias)
+            y.addmm_(mixed, folded.up)
+        # Not a view: those of a function with several outputs may not be changed in place by who gets them.
+        outputs.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]]))
+    outputs.append(torch.ops.aten._unsafe_view(hidden, [*x.shape[:-1], hidden.shape[1]]))
+    return outputs, rows, hidden
+
+
+class _LowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        outputs, rows, _ = _forward(plan, x, tensors)
+        ctx.save_for_backward(rows, outputs[-1], *tensors)
+        ctx.plan, ctx.x_shape = plan, x.shape
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan: _Plan = ctx.plan
+        rows, hidden, *tensors = ctx.saved_tensors
+        hidden = hidden.view(rows.shape[0], -1)
+        needed = ctx.needs_input_grad[2:]
+        found: list[Tensor | None] = [None] * len(tensors)
+        downs = tensors[2::5]
+        grad_h = torch.zeros_like(hidden) if any(g is None for g in grads[:-1]) else torch.empty_like(hidden)
+        grad_x = None
+        start = 0
+        for i, diagonal in enumerate(plan.diagonal):
+            weight, _, own_down, up, core = tensors[5 * i : 5 * i + 5]
+            end = start + own_down.shape[0]
+            own, start = slice(start, end), end
+            grad = grads[i]
+            if grad is None:
+                continue
+            dy = grad.reshape(rows.shape[0], -1)
+            grad_h[:, own], found[5 * i + 3], found[5 * i + 4] = _backward_of_branch(
+                _fold(core, up, diagonal, rows.dtype), up, core, hidden[:, own], dy, diagonal, needed[5 * i + 3 :]
+            )
+            if weight is not None and ctx.needs_input_grad[1]:
+                grad_x = dy @ weight if grad_x is None else grad_x.addmm_(dy, weight)
+        if grads[-1] is not None:
+            grad_h += grads[-1].reshape(grad_h.shape)
+        inner = rows
+        if plan.dropout:
+            kept, probability = _kept(plan, rows)
+            grad_h = grad_h / probability
+            inner = rows * kept
+        if any(needed[2::5]):
+            grad_down = grad_h.T @ inner
+            for i, part in enumerate(grad_down.split([d.shape[0] for d in downs])):
+                found[5 * i + 2] = part.to(downs[i].dtype)
+        if ctx.needs_input_grad[1]:
+            down = _down(downs, rows.dtype)
+            if plan.dropout:
+                through = (grad_h @ down).mul_(kept)
+                grad_x = through if grad_x is None else grad_x.add_(through)
+            else:
+                grad_x = grad_h @ down if grad_x is None else grad_x.addmm_(grad_h, down)
+            grad_x = grad_x.view(ctx.x_shape)
+        return None, grad_x, *found
+
+
+def _backward_of_branch(
+    folded: _Folded, up: Tensor, core: Tensor, hidden: Tensor, dy: Tensor, diagonal: bool, needed: Sequence[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """G_H, d_up and dC of one branch."""
+    need_up, need_core = needed[:2]
+    grad_m = dy @ folded.up.T
+    if folded.core is None:
+        # `up` was folded with the core: both gradients follow from that of the product, at the size of a parameter.
+        if not (need_up or need_core):
+            return grad_m, None, None
+        product = (hidden.T @ dy).to(up.dtype)
+        grad_up = (core[:, None] * product if diagonal else core.to(up.dtype) @ product) if need_up else None
+        if not need_core:
+            return grad_m, grad_up, None
+        return grad_m, grad_up, ((up * product).sum(1) if diagonal else up @ product.T).to(core.dtype)
+    grad_up = (_mix(folded.core, hidden).T @ dy).to(up.dtype) if need_up else None
+    grad_core = None
+    if need_core:
+        runs_m, runs_h = (t.view(folded.core.shape[0], -1, t.shape[1]) for t in (grad_m, hidden))
+        grad_core = (runs_m * runs_h).sum(1) if diagonal else torch.bmm(runs_m.transpose(1, 2), runs_h)
+        grad_core = grad_core.view(core.shape).to(core.dtype)
+    return _mix(folded.core if diagonal else folded.core.transpose(1, 2), grad_m), grad_up, grad_core
