@@ -48,7 +48,111 @@ def mtl_lora(x_I: Tensor, tensors: Tensors, settings: Settings, task: int) -> Te
     return update
 
 
-ADAPTERS: dict[str, Callable[[Tensor, Tensors, Settings, int], Tensor]] = {"LoRA": lora, "MTLLoRA": mtl_lora}
+def _expert(x_I: Tensor, down_RI: Tensor, up_RO: Tensor) -> Tensor:
+    """B A x, rank by rank."""
+    return sum(up * (down @ x_I) for down, up in zip(down_RI, up_RO, strict=True))
+
+
+def _shares(scores: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.exp(score) / sum(torch.exp(other) for other in scores) for score in scores]
+
+
+def _selected(logits_K: Tensor) -> list[Tensor]:
+    """Skills in evaluation: sigmoids that are made to sum to 1."""
+    zeta = [1 / (1 + torch.exp(-logit)) for logit in logits_K]
+    return [z / (sum(zeta) + 1e-12) for z in zeta]
+
+
+def single_task_lora(x_I: Tensor, tensors: Tensors, settings: Settings, task: int) -> Tensor:
+    """LoRA with the task's own A and B."""
+    return lora(x_I, {"down": tensors["down"][task], "up": tensors["up"][task]}, settings, task)
+
+
+def multi_lora(x_I: Tensor, tensors: Tensors, settings: Settings, task: int) -> Tensor:
+    """s sum_i c_i * B_i A_i x."""
+    update = 0
+    for i in range(settings["num_parallel"]):
+        output = _expert(x_I, tensors["down"][i], tensors["up"][i])
+        update = update + settings["lora_alpha"] / settings["r"] * tensors["scale"][i] * output
+    return update
+
+
+def moe_lora(x_I: Tensor, tensors: Tensors, settings: Settings, task: int) -> Tensor:
+    """alpha / r sum_i softmax(W_g e_t)_i B_i A_i x, r the rank of all experts together."""
+    shares = _shares([row @ tensors["embedding"][task] for row in tensors["gate"]])
+    update = 0
+    for i, share in enumerate(shares):
+        output = _expert(x_I, tensors["down"][i], tensors["up"][i])
+        update = update + settings["lora_alpha"] / settings["r"] * share * output
+    return update
+
+
+def cgc_lora(x_I: Tensor, tensors: Tensors, settings: Settings, task: int) -> Tensor:
+    """s [sum_i g_i B_i A_i x + sum_j g_{E+j} B_tj A_tj x], g = softmax(W_g e_t / tau) over the task's E + F experts."""
+    if settings["gate"] == "table":
+        scores = list(tensors["routing"][task])
+    else:
+        gate = tensors["gate"][task] if settings["gate"] == "per_task" else tensors["gate"]
+        scores = [row @ tensors["embedding"][task] for row in gate]
+    shares = _shares([score / settings["temperature"] for score in scores])
+    update = 0
+    for i, share in enumerate(shares):
+        if i < settings["num_common"]:
+            output = _expert(x_I, tensors["down"][i], tensors["up"][i])
+        else:
+            j = i - settings["num_common"]
+            output = _expert(x_I, tensors["down_specific"][task, j], tensors["up_specific"][task, j])
+        update = update + settings["lora_alpha"] / settings["r"] * share * output
+    return update
+
+
+def poly(x_I: Tensor, tensors: Tensors, settings: Settings, task: int) -> Tensor:
+    """1/r B_t A_t x with A_t, B_t averaged over skills, slice by slice of the features."""
+    splits, skills, r = settings["n_splits"], settings["num_skills"], settings["r"]
+    slices = x_I.view(splits, -1)
+    hidden = 0
+    for q in range(splits):
+        z = _selected(tensors["routing"][task, q])
+        hidden = hidden + sum(z[k] * tensors["down"][q, k] for k in range(skills)) @ slices[q]
+    outputs = []
+    for q in range(splits):
+        z = _selected(tensors["routing"][task, q])
+        outputs.append(sum(z[k] * tensors["up"][q, k] for k in range(skills)).T @ hidden / r)
+    return torch.cat(outputs)
+
+
+def c_poly(x_I: Tensor, tensors: Tensors, settings: Settings, task: int) -> Tensor:
+    """s [sum_i z_i B_i A_i x + sum_j w_j B_tj A_tj x]."""
+    scale, update = settings["lora_alpha"] / settings["r"], 0
+    if settings["num_common"]:
+        for i, weight in enumerate(_selected(tensors["routing"][task])):
+            update = update + scale * weight * _expert(x_I, tensors["down"][i], tensors["up"][i])
+    for j in range(settings["num_specific"]):
+        output = _expert(x_I, tensors["down_specific"][task, j], tensors["up_specific"][task, j])
+        update = update + scale * tensors["weight_specific"][task, j] * output
+    return update
+
+
+def hydra_lora(x_I: Tensor, tensors: Tensors, settings: Settings, task: int) -> Tensor:
+    """s sum_i softmax(W_r x)_i B_i A x."""
+    update = 0
+    for i, share in enumerate(_shares([row @ x_I for row in tensors["router"]])):
+        scale = settings["lora_alpha"] / settings["r"]
+        update = update + scale * share * _expert(x_I, tensors["down"], tensors["up"][i])
+    return update
+
+
+ADAPTERS: dict[str, Callable[[Tensor, Tensors, Settings, int], Tensor]] = {
+    "LoRA": lora,
+    "SingleTaskLoRA": single_task_lora,
+    "MTLLoRA": mtl_lora,
+    "MultiLoRA": multi_lora,
+    "MoELoRA": moe_lora,
+    "CGCLoRA": cgc_lora,
+    "Poly": poly,
+    "CPoly": c_poly,
+    "HydraLoRA": hydra_lora,
+}
 
 
 # Prompts: keys, values and log-gates of every layer for one task.

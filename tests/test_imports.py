@@ -25,6 +25,7 @@ ROOMS = [
     "hooks",
     "heads",
     "saving",
+    "growth",
     "config",
     "tuner",
     "_peft",

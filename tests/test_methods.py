@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peml import LoRA, MTLLoRA, PemlConfig, PemlError, PrefixNAS, PrefixTuning, match_params, method, methods
+from peml import CGCLoRA, LoRA, MTLLoRA, PemlConfig, PemlError, PrefixNAS, PrefixTuning, match_params, method, methods
 from peml.methods import METHODS, trainable_parameters
 
 SMALL = {f"prompt.{key}": 8 for key in ("width", "embedding_dim", "head_rank", "num_virtual_tokens")}
@@ -75,6 +75,39 @@ def test_a_matched_rank_keeps_the_scale() -> None:
     assert sized.adapter.scaling == pytest.approx(3.0)
 
 
+def ranks(name: str) -> tuple[int, int]:
+    """A rank to start from, and the one that costs as much as another 17 steps."""
+    adapter = METHODS[name].adapter
+    assert adapter is not None
+    step = adapter.rank_step(3)
+    return 2 * step, 17 * step
+
+
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.adapter and not row.prompt])
+def test_every_adapter_is_matched(name: str) -> None:
+    """The budget of a rank is answered by that rank, and the scale stays."""
+    base, (small, large) = llama(), ranks(name)
+    budget = trainable_parameters(method(name, ["a", "b", "c"], {"adapter.r": large}), base)
+    start = method(name, ["a", "b", "c"], {"adapter.r": small})
+    sized, before = match_params(start, base, budget).adapter, start.adapter
+    assert sized.r == large and type(sized) is type(before)  # type: ignore[union-attr]
+    if hasattr(sized, "lora_alpha"):
+        assert sized.scaling == pytest.approx(before.scaling)  # type: ignore[union-attr]
+    else:
+        assert sized.scaling == pytest.approx(1 / large)  # type: ignore[union-attr]
+    # Between two sizes it is the nearer one, and experts still share the rank evenly.
+    near = match_params(start, base, round(budget * 1.01)).adapter
+    assert near is not None and near.r == large  # type: ignore[attr-defined]
+
+
+def test_a_total_rank_is_matched_in_steps_of_all_experts() -> None:
+    start = method("cgc-lora", ["a", "b", "c"], {"adapter.rank_mode": "total", "adapter.r": 6})
+    sized = match_params(start, llama(), 30_000).adapter
+    assert isinstance(sized, CGCLoRA) and sized.r > 6 and sized.r % (3 + 3) == 0
+    with pytest.raises(PemlError, match="r 6 already trains .* more than twice the budget of 100"):
+        match_params(start, llama(), 100)
+
+
 def test_a_budget_that_is_too_small_is_refused() -> None:
     with pytest.raises(PemlError, match=r"r 1 already trains .* more than twice the budget of 10"):
         match_params(method("lora", ["a"]), llama(), 10)
@@ -114,5 +147,5 @@ def test_configs_that_make_no_sense_are_refused() -> None:
         PemlConfig(task_names=["a", "b", "a"], adapter=LoRA())
     with pytest.raises(PemlError, match="nothing to train"):
         PemlConfig(task_names=["a"])
-    with pytest.raises(PemlError, match="adapter must be one of LoRA, MTLLoRA, not PrefixTuning"):
+    with pytest.raises(PemlError, match="adapter must be one of LoRA, .*, HydraLoRA, not PrefixTuning"):
         PemlConfig(task_names=["a"], adapter=PrefixTuning())  # type: ignore[arg-type]

@@ -12,15 +12,22 @@ import pytest
 import peml
 
 NAMES = [
+    "CGCLoRA",
+    "CPoly",
+    "HydraLoRA",
     "LoRA",
     "MTLLoRA",
+    "MoELoRA",
+    "MultiLoRA",
     "MultiTaskTrainer",
     "PemlConfig",
     "PemlError",
     "PemlModel",
+    "Poly",
     "PrefixNAS",
     "PrefixTuning",
     "Recipe",
+    "SingleTaskLoRA",
     "Task",
     "evaluate_tasks",
     "match_params",

@@ -8,7 +8,7 @@ Importing the package adds the type `PEML` to PEFT.
 """
 
 from peml import _peft as _peft
-from peml.adapters import LoRA, MTLLoRA
+from peml.adapters import CGCLoRA, CPoly, HydraLoRA, LoRA, MoELoRA, MTLLoRA, MultiLoRA, Poly, SingleTaskLoRA
 from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.evaluation import evaluate_tasks
@@ -22,7 +22,14 @@ __all__ = [  # noqa: RUF022  (in the order in which a reader meets them)
     # What is added to a model
     "PemlConfig",
     "LoRA",
+    "SingleTaskLoRA",
     "MTLLoRA",
+    "MultiLoRA",
+    "MoELoRA",
+    "CGCLoRA",
+    "Poly",
+    "CPoly",
+    "HydraLoRA",
     "PrefixTuning",
     "PrefixNAS",
     # Named combinations of these

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -61,6 +62,9 @@ class BankLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._pristine: Tensor | None = None
         self.siblings: Siblings | None = None
+        # Torchao's backend wants to know how to quantise again, which is never asked of it here.
+        backend = resolve_quantization_backend(base_layer, get_apply_tensor_subclass=lambda: None)
+        self.quantized: str = "" if backend is None else backend.backend_name
         if isinstance(base_layer, Conv1D):
             self.in_features, self.out_features = base_layer.weight.shape
         else:
@@ -79,7 +83,7 @@ class BankLinear(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # To the device only: PEFT would also cast to the base's dtype and round the fp32 weights away.
-        device = device or self.base_layer.weight.device
+        device = device or device_of(self.base_layer)
         if adapter_name in self.peml_adapter and device.type != "meta":
             self.peml_adapter[adapter_name].to(device)
 
@@ -134,7 +138,7 @@ class BankLinear(nn.Module, BaseTunerLayer):
             names = self.task_names[self.active_adapters[0]]
             raise PemlError(f"this adapter is routed by task: pass tasks= with one of {', '.join(names)} per row")
         route, given = forward.route, forward.route.ids.shape
-        if given[0] != 1 and x.shape[0] % given[0] or (route.per_token and given[0] not in (1, x.shape[0])):
+        if (given[0] != 1 and x.shape[0] % given[0]) or (route.per_token and given[0] not in (1, x.shape[0])):
             raise PemlError(f"`tasks=` has {given[0]} entries but the batch has {x.shape[0]} rows: one task per row")
         if route.per_token and given[1] != x.shape[1]:
             raise PemlError(f"`tasks=` has a task for {given[1]} tokens per row but rows have {x.shape[1]}")
@@ -158,7 +162,7 @@ class BankLinear(nn.Module, BaseTunerLayer):
         if task is None:
             names = self.task_names[adapter_name]
             raise PemlError(f"merging needs one task: call select_task() with one of {', '.join(names)} first")
-        return adapter.fold(Route.of_ids(torch.tensor([task])).to(next(adapter.parameters()).device))
+        return adapter.fold(Route.of_ids([task]).to(next(adapter.parameters()).device))
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """`up' C down` of the selected task in fp32 or better, in the orientation of the base weight."""
@@ -175,6 +179,11 @@ class BankLinear(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.peml_adapter]
         if not names:
             return
+        if self.quantized:
+            raise PemlError(
+                f"{self.label} is quantised ({self.quantized}): its steps would round a merged update away. Keep the "
+                "adapter apart, or load the base model unquantised to merge"
+            )
         if type(self.base_layer) not in (nn.Linear, Conv1D):
             kind = type(self.base_layer).__name__
             raise PemlError(
@@ -239,11 +248,11 @@ class Siblings:
 
     @staticmethod
     def _fits(layer: BankLinear) -> bool:
-        """Whether another layer may compute for this one: not if weights are fetched, or outputs changed, at its call."""
+        """Whether another layer may compute for this one: not if its own call fetches weights or changes outputs."""
         adapter = layer.active()
         if adapter is None or layer._forward_hooks or layer._forward_pre_hooks:
             return False
-        return resident(adapter) and layer._frozen(layer.base_layer.weight.dtype)[0] is not None
+        return resident(adapter) and not layer.quantized and layer._frozen(layer.base_layer.weight.dtype)[0] is not None
 
 
 def group_siblings(model: nn.Module) -> None:
@@ -253,12 +262,17 @@ def group_siblings(model: nn.Module) -> None:
         for layer in own.values():
             layer.siblings = None
         for names in SIBLINGS:
-            names = names[1:] if CROSS.search(path) else names
-            group = [own[name] for name in names if name in own and own[name].siblings is None]
+            shared_by = names[1:] if CROSS.search(path) else names
+            group = [own[name] for name in shared_by if name in own and own[name].siblings is None]
             if len(group) > 1 and len({layer.in_features for layer in group}) == 1:
                 siblings = Siblings(group)
                 for layer in group:
                     layer.siblings = siblings
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer's own weights are; those of quantised layers need not be called `weight`."""
+    return next(t for t in (*layer.parameters(), *layer.buffers())).device
 
 
 def resident(module: nn.Module) -> bool:
@@ -285,11 +299,24 @@ def _together(layers: Sequence[BankLinear], x: Tensor, forward: Forward | None) 
             if adapter is not None
         ]
         dropout = max(a.lora_dropout for a in adapters if a is not None) if layers[0].training else 0.0
-        *outputs, _ = low_rank(x.to(dtype), branches, dropout)
+        *outputs, hidden = low_rank(x.to(dtype), branches, dropout)
+        if forward is not None and forward.losses is not None and torch.is_grad_enabled():
+            features = torch.split(hidden, [branch.down.shape[0] for branch in branches], dim=-1)
+            forward.losses.extend(_feature_losses(adapters, features, forward))
     return [
         y if branch.weight is not None else _add(layer.base_layer(x), y)
         for layer, branch, y in zip(layers, branches, outputs, strict=True)
     ]
+
+
+def _feature_losses(adapters: Sequence[Adapter | None], features: Sequence[Tensor], forward: Forward) -> list[Tensor]:
+    """The losses that adapters put on their features `down x`."""
+    losses = (
+        adapter.feature_loss(hidden, forward.route, forward.mask)
+        for adapter, hidden in zip(adapters, features, strict=True)
+        if adapter is not None and forward.route is not None
+    )
+    return [loss for loss in losses if loss is not None]
 
 
 def _add(base: Tensor, update: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ class Opener(Protocol):
     def adapter_in_force(self) -> str | None:
         """Name of the active adapter."""
 
-    def open_forward(self, tasks: Tasks | None, rows: int | None) -> Forward:
-        """Resolve the route of a batch and compute its prefix."""
+    def open_forward(self, tasks: Tasks | None, rows: int | None, mask: Tensor | None = None) -> Forward:
+        """Resolve the route of a batch, and compute its cores and its prefix."""
 
     def counts_positions(self) -> bool:
         """Whether the model counts positions from the left, as decoders do."""
@@ -60,7 +60,7 @@ class ForwardHooks:
         tasks = kwargs.pop("tasks", None)
         forward = routing.surrounding(module, self.opener.adapter_in_force)
         if tasks is not None or forward is None or forward.prefix is None:
-            forward = self.opener.open_forward(tasks, self._rows(args, kwargs))
+            forward = self.opener.open_forward(tasks, self._rows(args, kwargs), self._mask(args, kwargs))
         routing.enter(forward)
         if module.training:
             routing.bind_checkpointing(module)
@@ -88,14 +88,19 @@ class ForwardHooks:
         given = (*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")))
         return next((batch.shape[0] for batch in given if isinstance(batch, Tensor) and batch.ndim > 1), None)
 
+    def _mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Which tokens are no padding, `[B, S]`, where the caller says it."""
+        mask = self._argument("attention_mask", args, kwargs)
+        return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
     def _add_position_ids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count positions from the attention mask when the caller gives none.
 
         Prefix keys carry no rotary phase, so unlike without a prefix the offset of a left-padded row matters.
         """
-        mask, batch = (self._argument(name, args, kwargs) for name in ("attention_mask", "input_ids"))
+        mask, batch = self._mask(args, kwargs), self._argument("input_ids", args, kwargs)
         batch = self._argument("inputs_embeds", args, kwargs) if batch is None else batch
-        if batch is None or not isinstance(mask, Tensor) or mask.ndim != 2 or not self.opener.counts_positions():
+        if batch is None or mask is None or not self.opener.counts_positions():
             return
         if self._argument("position_ids", args, kwargs) is not None or "position_ids" not in self.arguments:
             return

@@ -12,7 +12,18 @@ import torch
 from peft import get_peft_model
 from transformers import PreTrainedModel
 
-from peml.adapters import AdapterConfig, LoRA, MTLLoRA
+from peml.adapters import (
+    AdapterConfig,
+    CGCLoRA,
+    CPoly,
+    HydraLoRA,
+    LoRA,
+    MoELoRA,
+    MTLLoRA,
+    MultiLoRA,
+    Poly,
+    SingleTaskLoRA,
+)
 from peml.config import PemlConfig, changed
 from peml.errors import PemlError
 from peml.prompts import PrefixNAS, PrefixTuning, PromptConfig
@@ -36,7 +47,15 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "lora": Method(LoRA(), None, "joint", "one low-rank update for all tasks (arXiv:2106.09685)"),
+    "single-task": Method(SingleTaskLoRA(), None, "joint", "a LoRA of its own for every task"),
     "mtl-lora": Method(MTLLoRA(), None, "joint", "low-rank update with a transform per task (arXiv:2410.09437)"),
+    "multi-lora": Method(MultiLoRA(), None, "joint", "parallel LoRAs, scaled per feature (arXiv:2311.11501)"),
+    "moe-lora": Method(MoELoRA(), None, "joint", "experts under a gate that sees the task (arXiv:2310.18339)"),
+    "cgc-lora": Method(CGCLoRA(), None, "joint", "common experts and own ones per task (arXiv:2402.01684)"),
+    "poly": Method(Poly(), None, "joint", "tasks average the factors of skills (arXiv:2202.13914)"),
+    "mhr": Method(Poly(n_splits=4), None, "joint", "the same by slices of the features (arXiv:2211.03831)"),
+    "c-poly": Method(CPoly(), None, "joint", "common skills and own ones per task (arXiv:2312.03248)"),
+    "hydra-lora": Method(HydraLoRA(), None, "joint", "up-projections mixed by token (arXiv:2404.19245)"),
     "prefix": Method(None, PrefixTuning(), "joint", "free keys and values in every layer (arXiv:2101.00190)"),
     "lora+prefix": Method(LoRA(), PrefixTuning(), "joint", "both, the baseline that PEML has to beat"),
     "prefix-nas": Method(None, PrefixNAS(), "joint", "a searched prefix alone"),
@@ -125,23 +144,23 @@ def match_params(config: PemlConfig, model: PreTrainedModel, budget: int) -> Pem
         PemlError: even the smallest size is more than twice the budget.
     """
     key = "r" if config.adapter is not None else "num_virtual_tokens"
+    # Experts that share a rank evenly allow its multiples alone.
+    step = 1 if config.adapter is None else config.adapter.rank_step(len(config.task_names))
 
     if config.adapter is None and isinstance(getattr(config.prompt, key), tuple):
         raise PemlError("a prefix with a length of its own in each layer cannot be resized: give one number")
 
-    def resized(size: int) -> PemlConfig:
+    def resized(steps: int) -> PemlConfig:
         new = copy.deepcopy(config)
         if config.adapter is not None:
-            # The scale lora_alpha / r stays: learning rates found at one rank then hold at the other.
-            alpha = config.adapter.lora_alpha * size / config.adapter.r  # type: ignore[attr-defined]
-            new.adapter = changed("adapter", config.adapter, {key: size, "lora_alpha": alpha})
+            new.adapter = config.adapter.resized(steps * step)
         else:
             assert config.prompt is not None
-            new.prompt = changed("prompt", config.prompt, {key: size})
+            new.prompt = changed("prompt", config.prompt, {key: steps})
         return new
 
-    def cost(size: int) -> int:
-        return trainable_parameters(resized(size), model)
+    def cost(steps: int) -> int:
+        return trainable_parameters(resized(steps), model)
 
     low, high = 1, 2
     while cost(high) < budget and high < 2**16:
@@ -151,9 +170,11 @@ def match_params(config: PemlConfig, model: PreTrainedModel, budget: int) -> Pem
         low, high = (middle, high) if cost(middle) < budget else (low, middle)
     if cost(high) < budget / 2:
         raise PemlError(
-            f"even {key} {high} trains only {cost(high):,} parameters: the budget of {budget:,} is out of reach"
+            f"even {key} {high * step} trains only {cost(high):,} parameters: the budget of {budget:,} is out of reach"
         )
-    best = min((low, high), key=lambda size: abs(cost(size) - budget))
+    best = min((low, high), key=lambda steps: abs(cost(steps) - budget))
     if cost(best) > 2 * budget:
-        raise PemlError(f"{key} 1 already trains {cost(best):,} parameters, more than twice the budget of {budget:,}")
+        raise PemlError(
+            f"{key} {step} already trains {cost(best):,} parameters, more than twice the budget of {budget:,}"
+        )
     return resized(best)

@@ -62,12 +62,14 @@ class Route:
         if any(packed):
             if not all(packed) or len({len(row) for row in raw}) != 1:
                 raise PemlError("`tasks=` with a task per token needs lists of equal length, one per row")
-            return cls.of_ids(torch.tensor([[_id_of(t, table) for t in row] for row in raw]))
-        return cls.of_ids(torch.tensor([_id_of(t, table) for t in raw]))
+            return cls.of_ids([[_id_of(t, table) for t in row] for row in raw])
+        return cls.of_ids([_id_of(t, table) for t in raw])
 
     @classmethod
-    def of_ids(cls, ids: Tensor) -> Route:
-        """The route of ids that are known to be valid, on the host: `[1]`, `[B]` or `[B, S]`."""
+    def of_ids(cls, given: Sequence[int] | Sequence[Sequence[int]]) -> Route:
+        """The route of ids that are known to be valid: `[1]`, `[B]` or `[B, S]`."""
+        # On the host even where new tensors go elsewhere by default.
+        ids = torch.tensor(given, device="cpu")
         chosen, index = torch.unique(ids, return_inverse=True)
         return cls(ids, tuple(chosen.tolist()), index, chosen)
 
@@ -128,6 +130,8 @@ class Forward:
         model: the base model that it is for: a model called inside another one's block must not take its route.
         adapter: the PEFT adapter whose task names gave the route its ids.
         cores: cores computed ahead, for all layers at once, by adapter module.
+        mask: which tokens of the batch are no padding, `[B, S]`; None: all, or not known.
+        losses: where layers put losses on their features; None if the adapter has none, or does not train.
         handed: outputs that a layer has computed for its siblings, by group: input, its version, output by layer.
         entered: opened by a hook as the batch entered, not by a `with` block around the call.
         before: what was open around it.
@@ -139,6 +143,8 @@ class Forward:
     model: nn.Module | None = None
     adapter: str | None = None
     cores: Mapping[nn.Module, Tensor] = field(default_factory=dict)
+    mask: Tensor | None = None
+    losses: list[Tensor] | None = None
     handed: dict[Any, tuple[Tensor, int, dict[Any, Tensor]]] = field(default_factory=dict)
     entered: bool = False
     before: Forward | None = None
@@ -214,12 +220,20 @@ class _Bound:
                     "reentrant gradient checkpointing cannot be used while a prefix is generated, because every layer "
                     'would walk the generator again: set gradient_checkpointing_kwargs={"use_reentrant": False}'
                 )
+            if forward.losses is not None:
+                raise PemlError(
+                    "reentrant gradient checkpointing cannot be used with a loss on features (adapter.align), which it "
+                    'would lose: set gradient_checkpointing_kwargs={"use_reentrant": False}'
+                )
             # Cores computed ahead hang on one graph as well; here each layer computes its own.
             forward = replace(forward, cores={})
+        passes = [forward]
 
         @functools.wraps(layer)
         def reopened(*inner: Any, **named: Any) -> Any:
-            with opened(forward):
+            with opened(passes[0]):
+                # What is recomputed has been counted already.
+                passes[0] = replace(forward, losses=None if forward.losses is None else [])
                 return layer(*inner, **named)
 
         return self.checkpoint(reopened, *args, **kwargs)

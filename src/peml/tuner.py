@@ -15,7 +15,7 @@ from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peml import attention, routing, saving
+from peml import attention, growth, routing, saving
 from peml.adapters import Adapter
 from peml.attention import PromptHost
 from peml.bank import BankLinear, group_siblings, resident, shared
@@ -42,6 +42,7 @@ class PemlModel(BaseTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._selected: dict[str, int] = {}
         self._bank_layers: list[BankLinear] | None = None
+        self._feature_losses: list[Tensor] | None = None
         super().__init__(*args, **kwargs)
         self._install_hooks()
 
@@ -253,11 +254,18 @@ class PemlModel(BaseTuner):
     def _merged(self, config: PemlConfig) -> bool:
         return config.adapter is not None and config.adapter.needs_task and any(bank.merged for bank in self._banks())
 
-    def open_forward(self, tasks: Tasks | None, rows: int | None) -> Forward:
-        """Resolve the route of a batch and compute its prefix."""
+    def open_forward(self, tasks: Tasks | None, rows: int | None, mask: Tensor | None = None) -> Forward:
+        """Resolve the route of a batch, and compute its cores and its prefix."""
         route, host = self._route(tasks, rows), self._prompt_host()
         prompt = None if host is None else host.active()
-        forward = Forward(route, model=self.model, adapter=self.adapter_in_force, cores=self._cores(route))
+        forward = Forward(
+            route,
+            model=self.model,
+            adapter=self.adapter_in_force,
+            cores=self._cores(route),
+            mask=mask,
+            losses=self._open_losses(route),
+        )
         if prompt is None:
             return forward
         if prompt.needs_task and route is None:
@@ -266,6 +274,26 @@ class PemlModel(BaseTuner):
         layers = prompt(None if route is None else route.present)
         prefix = {slot: layer for slot, layer in enumerate(layers) if layer is not None}
         return replace(forward, prefix=prefix, generated=prompt.generated)
+
+    def _open_losses(self, route: Route | None) -> list[Tensor] | None:
+        """The list that layers put losses on their features into, if this forward wants any."""
+        config = self.config_in_force
+        adapter = None if config is None else config.adapter
+        wanted = adapter is not None and adapter.feature_loss_weight > 0 and self.training and torch.is_grad_enabled()
+        self._feature_losses = [] if wanted else None
+        if wanted and route is None:
+            raise PemlError("training with adapter.align compares tasks: pass tasks= with one task per row")
+        return self._feature_losses
+
+    def penalties(self) -> dict[str, Tensor]:
+        """Terms to add to the loss of the last forward, weighted, by name: of the prompt, and of the features."""
+        terms = {} if self.prompt is None else dict(self.prompt.penalties())
+        if self._feature_losses:
+            adapter, first = self._active_config().adapter, self._feature_losses[0]
+            assert adapter is not None
+            mean = torch.stack([loss.to(first.device) for loss in self._feature_losses]).mean()
+            terms["align"] = adapter.feature_loss_weight * mean
+        return terms
 
     def _cores(self, route: Route | None) -> dict[nn.Module, Tensor]:
         """Cores of all layers in a few operations; layers that are not in it compute their own."""
@@ -369,6 +397,74 @@ class PemlModel(BaseTuner):
         finally:
             for layer in layers:
                 layer._disable_adapters = False
+
+    def fold(self, task: str | int | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Every layer's plain low-rank pair for one task: `down [R', I]` and `up [R', O]` by module path, scale 1.
+
+            W x + up' down x
+
+        It is a LoRA of `config.adapter.folded_rank` with lora_A = down and lora_B = up'; a prefix is not part of it.
+
+        Args:
+            task: name or id; None: the selected one, or none where the adapter needs none.
+
+        Raises:
+            PemlError: an unknown task, none given where one is needed, or an adapter that is routed by its input.
+        """
+        config, name = self._active_config(), self.adapter_in_force
+        assert name is not None
+        chosen = None if task is None else Route.of(task, config.task_names).present[0]
+        return {
+            path: module.fold(name, chosen)
+            for path, module in self.model.named_modules()
+            if isinstance(module, BankLinear) and name in module.peml_adapter
+        }
+
+    # Adding tasks
+
+    def add_task(self, name: str, init: str = "identity") -> None:
+        """Append a task to the active adapter; outputs of the other tasks do not change by a bit.
+
+        Parameters that are stacked over tasks are new objects afterwards: make the optimiser after this.
+
+        Args:
+            name: of the new task.
+            init: where its own parameters start: "identity" as in a fresh adapter, "mean" of the other tasks',
+                or "copy:TASK".
+
+        Raises:
+            PemlError: the name is taken, `init` is unknown, or a task is merged.
+        """
+        config, adapter_name = self._active_config(), self.adapter_in_force
+        assert adapter_name is not None
+        growth.check_name(name, config.task_names)
+        source = growth.source_of(init, config.task_names)
+        if any(bank.merged for bank in self._banks()):
+            raise PemlError("a task is merged into the weights: call unmerge_adapter() before adding another")
+        grown = None if config.adapter is None else config.adapter.grown(len(config.task_names))
+        names = (*config.task_names, name)
+        for bank in self._banks():
+            if adapter_name in bank.peml_adapter and grown is not None:
+                fresh = grown.build(bank.in_features, bank.out_features, len(names))
+                growth.append_task(bank.peml_adapter[adapter_name], fresh, init, source)  # type: ignore[arg-type]
+                bank.task_names[adapter_name] = names
+        host = self._prompt_host()
+        if host is not None and self.prompt is not None and config.prompt is not None:
+            growth.append_task(self.prompt, config.prompt.build(host.slots, 1), init, source)
+        config.adapter, config.task_names = grown, list(names)
+
+    def freeze_shared(self) -> None:
+        """Train nothing but what belongs to single tasks: an added task then leaves the others as they are.
+
+        Raises:
+            PemlError: all parameters of this adapter are shared by its tasks.
+        """
+        own = self.per_task_parameters()
+        if not own:
+            raise PemlError("all parameters of this adapter are shared by its tasks: none would be left to train")
+        for part in self.parts().values():
+            for parameter in part:
+                parameter.requires_grad = parameter.requires_grad and id(parameter) in own
 
     # Inspecting
 

@@ -47,7 +47,20 @@ SMALL_ADAPTERS: dict[str, peml.adapters.AdapterConfig | None] = {
     "LoRA-rs": peml.LoRA(r=3, lora_alpha=2, use_rslora=True),
     "MTLLoRA": peml.MTLLoRA(r=3, num_up=2, lora_alpha=4),
     "MTLLoRA-diag-random": peml.MTLLoRA(r=2, temperature=0.7, lambda_kind="diag", routing_init="random"),
+    "SingleTaskLoRA": peml.SingleTaskLoRA(r=3, lora_alpha=2, use_rslora=True),
+    "MultiLoRA": peml.MultiLoRA(r=2, lora_alpha=3, num_parallel=2),
+    "MoELoRA": peml.MoELoRA(r=6, lora_alpha=4, num_experts=3, task_dim=4),
+    "CGCLoRA": peml.CGCLoRA(r=6, num_common=2, num_specific=1, lora_alpha=4, task_dim=4, temperature=0.7),
+    "CGCLoRA-per-task": peml.CGCLoRA(r=3, num_common=1, num_specific=2, gate="per_task", task_dim=3),
+    "CGCLoRA-table-total": peml.CGCLoRA(r=10, num_common=2, num_specific=1, gate="table", rank_mode="total"),
+    "Poly": peml.Poly(r=2, num_skills=3),
+    "MHR": peml.Poly(r=3, num_skills=2, n_splits=2),
+    "CPoly": peml.CPoly(r=2, num_common=2, num_specific=2, lora_alpha=3),
+    "HydraLoRA": peml.HydraLoRA(r=2, num_heads=3, lora_alpha=4),
 }
+
+WITH_ALL_PROMPTS = ("none", "LoRA", "LoRA-rs", "MTLLoRA", "MTLLoRA-diag-random")
+"""These meet every prompt. Prompt and adapter do not touch each other, so the rest meets the largest one only."""
 
 SMALL_PROMPTS: dict[str, tuple[peml.prompts.PromptConfig | None, Adjust | None]] = {
     "none": (None, None),
@@ -85,6 +98,11 @@ class Case:
         return any(part is not None and part.needs_task for part in (self.adapter, self.prompt))
 
     @property
+    def drawn(self) -> bool:
+        """Whether the adapter draws weights at random in training."""
+        return isinstance(self.adapter, peml.Poly | peml.CPoly)
+
+    @property
     def generated(self) -> bool:
         """Whether the prefix comes from a generator."""
         return self.prompt_name.startswith("PrefixNAS") and "collapsed" not in self.prompt_name
@@ -95,7 +113,12 @@ class Case:
         return adapt(base, self.adapter, self.prompt, tasks, SMALL_PROMPTS[self.prompt_name][1], **options)
 
 
-CASES = [Case(a, p) for a in SMALL_ADAPTERS for p in SMALL_PROMPTS if (a, p) != ("none", "none")]
+CASES = [
+    Case(a, p)
+    for a in SMALL_ADAPTERS
+    for p in SMALL_PROMPTS
+    if (a, p) != ("none", "none") and (a in WITH_ALL_PROMPTS or p in ("none", "PrefixNAS"))
+]
 
 # For other model families and for slow checks: every adapter and every prompt at least once, alone and together.
 FEW = [
@@ -105,6 +128,7 @@ FEW = [
     Case("none", "PrefixNAS"),
     Case("LoRA", "PrefixNAS-keep"),
     Case("MTLLoRA-diag-random", "PrefixTuning-per-task"),
+    *(Case(a, "none") for a in SMALL_ADAPTERS if a not in WITH_ALL_PROMPTS and not a.startswith("CGCLoRA-")),
 ]
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

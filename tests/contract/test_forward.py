@@ -126,7 +126,13 @@ def test_a_task_differs_from_another_where_it_should(case: Case) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "adapter", [peml.LoRA(), peml.MTLLoRA(), peml.MTLLoRA(lambda_kind="diag", routing_init="random")]
+    "adapter",
+    [
+        *(kind() for kind in peml.adapters.ADAPTERS.values()),
+        peml.MTLLoRA(lambda_kind="diag", routing_init="random"),
+        peml.Poly(n_splits=2),
+    ],
+    ids=lambda adapter: type(adapter).__name__,
 )
 @torch.no_grad()
 def test_a_fresh_adapter_changes_no_bit(family: str, adapter: peml.adapters.AdapterConfig) -> None:

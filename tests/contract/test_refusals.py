@@ -192,6 +192,10 @@ def test_threads_can_train(case: Case) -> None:
     model, batch = case.build(), tokens(2, 4)
     model.base_model.model.activation_checkpointing_enable()
     model.train()
+    if case.drawn:
+        # Threads take random numbers from each other; everything else is as in training.
+        for module in model.modules():
+            module.train(not isinstance(module, peml.adapters.Adapter))
 
     def step(task: str, found: dict) -> None:
         parameters = [p for p in model.parameters() if p.requires_grad]

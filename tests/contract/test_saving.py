@@ -42,7 +42,8 @@ def test_round_trip(case: Case, tmp_path: Path) -> None:
     batch, expected, folder = saved(case, tmp_path)
     for options in ({}, {"adapter_name": "other"}, {"low_cpu_mem_usage": True}, {"is_trainable": True}):
         model = PeftModel.from_pretrained(base_of(folder), folder, **options)
-        assert torch.equal(logits(model, batch), expected)
+        assert model.base_model.training == options.get("is_trainable", False)
+        assert torch.equal(logits(model.eval(), batch), expected)
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         assert bool(trainable) == options.get("is_trainable", False)
     config = json.loads((folder / "adapter_config.json").read_text())

@@ -123,6 +123,18 @@ def test_disabled_is_the_base_model(case: Case) -> None:
     assert not torch.allclose(model(input_ids=batch, tasks="rte").logits, plain)
 
 
+def refused(model: PeftModel, batch: torch.Tensor, merge) -> None:
+    """What mixes its experts token by token cannot be merged, says so, and goes on as before."""
+    before, expected = weights(model), model(input_ids=batch, tasks="rte").logits
+    model.base_model.select_task("rte")
+    with pytest.raises(PemlError, match="no plain low-rank pair"):
+        merge()
+    after = weights(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(module.merged for module in model.modules() if isinstance(module, BankLinear))
+    assert torch.equal(model(input_ids=batch, tasks="rte").logits, expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @few_cases
 @torch.no_grad()
@@ -132,6 +144,9 @@ def test_merging(family: str, case: Case) -> None:
         pytest.skip("nothing to merge")
     model, batch = case.build(family), tokens(2, 5)
     before = weights(model)
+    if not case.adapter.foldable:
+        refused(model, batch, model.merge_adapter)
+        return
     for task in TASKS:
         expected = model(input_ids=batch, tasks=task).logits
         if case.adapter.needs_task:
@@ -170,6 +185,9 @@ def test_merge_and_unload(family: str, dtype: torch.dtype, case: Case) -> None:
     if case.prompt is not None:
         with pytest.raises(PemlError, match="prefix cannot be folded"):
             model.merge_and_unload()
+        return
+    if not case.adapter.foldable:
+        refused(model, batch, model.merge_and_unload)
         return
     expected = model(input_ids=batch, tasks="cola").logits
     if case.needs_task:
@@ -219,7 +237,7 @@ def test_unloading_leaves_nothing_behind(case: Case) -> None:
     base, batch = tiny(), tokens(2, 5)
     plain, before, kinds = base(input_ids=batch).logits, weights(base), [type(m) for m in base.modules()]
     model = case.build(base=base)
-    if case.adapter is not None:
+    if case.adapter is not None and case.adapter.foldable:
         model.base_model.select_task("rte")
         model.merge_adapter()
     base = model.unload()

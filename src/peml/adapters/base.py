@@ -13,13 +13,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peml.errors import PemlError
+from peml.routing import Route
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class Adapter(nn.Module, ABC):
@@ -28,20 +33,67 @@ class Adapter(nn.Module, ABC):
     needs_task: ClassVar[bool] = False
     task_parameters: ClassVar[tuple[str, ...]] = ()
     """Names of parameters with one row per task, `[T, ...]`: they take no weight decay."""
+    core_parameters: ClassVar[tuple[str, ...]] = ()
+    """Names of the parameters that the core is made of."""
+    diagonal: ClassVar[bool] = False
+    """Whether the core is diagonal, and `core` returns its diagonal `[..., R]` alone."""
+    reads_input: ClassVar[bool] = False
+    """Whether the core depends on the layer's input: it then cannot be computed ahead, nor folded."""
 
     lora_dropout: float = 0.0
 
     @abstractmethod
-    def bank(self) -> tuple[Tensor, Tensor]:
-        """`down [R_in, I]` and `up [R_out, O]`."""
+    def bank(self, route: Route | None) -> tuple[Tensor, Tensor]:
+        """`down [R_in, I]` and `up [R_out, O]`.
+
+        Rows that only some tasks use are left out where none of the tasks in `route.present` does; a batch then costs
+        by the tasks that are in it, not by those that there are.
+        """
 
     @abstractmethod
-    def core(self, task_ids: Tensor | None) -> Tensor:
-        """`[R_out, R_in]` shared by all rows, or `[*task_ids.shape, R_out, R_in]`.
+    def core(self, tensors: Mapping[str, Tensor], route: Route | None, x: Tensor | None = None) -> Tensor:
+        """`[R_out, R_in]` shared by all rows, or `[*route.ids.shape, R_out, R_in]`; diagonal ones without R_out.
 
         Args:
-            task_ids: task of each row `[B]` or token `[B, S]`; None only if the method needs no task.
+            tensors: those of `core_parameters`. Each may have dimensions in front: M layers of the same method are
+                computed at once, `[M, ...]` to `[M, *route.ids.shape, R_out, R_in]`.
+            route: tasks of the rows or tokens; None only if the method needs no task.
+            x: the layer's input `[..., I]`, if the method reads it.
         """
+
+    def core_tensors(self) -> dict[str, Tensor]:
+        """The parameters that the core is made of, by name."""
+        return {name: getattr(self, name) for name in self.core_parameters}
+
+    def feature_loss(self, hidden: Tensor, route: Route, mask: Tensor | None) -> Tensor | None:
+        """A loss on the features `down x` of a batch, or None if there is none.
+
+        Args:
+            hidden: `[B, S, R_in]` or `[B, R_in]`.
+            route: tasks of the rows or tokens.
+            mask: which tokens are no padding, `[B, S]`; None: all.
+        """
+        return None
+
+    def fold(self, route: Route | None) -> tuple[Tensor, Tensor]:
+        """The plain low-rank pair that equals this adapter for one task: `down' [R', I]` and `up' [R', O]`, scale 1.
+
+        R' is R_in, or R_out of a diagonal core; in fp32 or better.
+
+        Args:
+            route: of one task; None only if the method needs none.
+
+        Raises:
+            PemlError: the core depends on the input.
+        """
+        if self.reads_input:
+            raise PemlError(
+                "this adapter mixes its experts by the input of each token: no plain low-rank pair equals it"
+            )
+        down, up = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in self.bank(route))
+        core = self.core(self.core_tensors(), route).to(up.dtype)
+        core = core[0] if core.ndim > (1 if self.diagonal else 2) else core
+        return (down, core[:, None] * up) if self.diagonal else (down, core.T @ up)
 
 
 @dataclass(frozen=True)
@@ -49,8 +101,15 @@ class AdapterConfig(ABC):
     """Settings of a method; builds its `Adapter` for one linear layer."""
 
     needs_task: ClassVar[bool] = False
+    foldable: ClassVar[bool] = True
+    """Whether it is an ordinary LoRA once the task is fixed, and so can be merged and exported."""
     learning_rate: ClassVar[float] = 3e-4
     """For AdamW, where a recipe gives none; our choice, between those of the multi-task repositories."""
+
+    @property
+    def feature_loss_weight(self) -> float:
+        """Weight of the mean of the layers' `feature_loss` in the training loss; 0: the method has none."""
+        return 0.0
 
     @abstractmethod
     def build(self, in_features: int, out_features: int, num_tasks: int) -> Adapter:
@@ -59,6 +118,37 @@ class AdapterConfig(ABC):
     @abstractmethod
     def num_parameters(self, in_features: int, out_features: int, num_tasks: int) -> int:
         """Trainable numbers on one such layer, by the paper's formula."""
+
+    def grown(self, num_tasks: int) -> AdapterConfig:
+        """The settings with which an adapter that was built for `num_tasks` has room for one more.
+
+        They differ only where `r` is shared among the experts of all tasks.
+        """
+        before, after = self.rank_step(num_tasks), self.rank_step(num_tasks + 1)
+        return self if before == after else self.resized(self.r // before * after)  # type: ignore[attr-defined]
+
+    @abstractmethod
+    def folded_rank(self, num_tasks: int) -> int:
+        """R', the rank of the plain LoRA that the adapter is for one task.
+
+        Raises:
+            PemlError: there is none, because the method is not foldable.
+        """
+
+    def rank_step(self, num_tasks: int) -> int:
+        """What `r` must be a multiple of: the number of experts that share it."""
+        return 1
+
+    def resized(self, r: int) -> Self:
+        """The same method at another rank.
+
+        lora_alpha / r stays: learning rates found at one rank then hold at the other. Methods without lora_alpha
+        keep their own rule.
+        """
+        changes: dict[str, Any] = {"r": r}
+        if hasattr(self, "lora_alpha"):
+            changes["lora_alpha"] = self.lora_alpha * r / self.r  # type: ignore[attr-defined]
+        return replace(self, **changes)
 
 
 def kaiming(*shape: int) -> nn.Parameter:
@@ -85,3 +175,98 @@ def probability(name: str, value: float) -> None:
     """
     if not isinstance(value, int | float) or not 0 <= value < 1:
         raise PemlError(f"{name} must be in [0, 1), not {value}")
+
+
+def one_of(name: str, value: str, *options: str) -> None:
+    """Refuse a setting that is none of the options.
+
+    Raises:
+        PemlError: `value` is another one.
+    """
+    if value not in options:
+        raise PemlError(f"{name} must be {' or '.join(options)}, not {value!r}")
+
+
+def divisible(name: str, value: int, step: int, why: str) -> None:
+    """Refuse a rank that cannot be shared evenly.
+
+    Raises:
+        PemlError: `value` is no multiple of `step`; the message has the nearest that are.
+    """
+    if value % step:
+        below = value // step * step
+        fits = f"{below} or {below + step}" if below else f"{step}"
+        raise PemlError(f"{name} must be a multiple of {step}, {why}, not {value}: {fits} would fit")
+
+
+def common_and_specific(num_common: int, num_specific: int) -> None:
+    """Refuse numbers of experts that are negative, or none at all.
+
+    Raises:
+        PemlError: one is below 0, or both are 0.
+    """
+    for name, value in (("num_common", num_common), ("num_specific", num_specific)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise PemlError(f"adapter.{name} must be 0 or above, not {value}")
+    if num_common == num_specific == 0:
+        raise PemlError("adapter.num_common and adapter.num_specific are both 0: there must be an expert")
+
+
+def in_full(tensor: Tensor) -> Tensor:
+    """The tensor in fp32 or better: what softmax and sigmoid are computed in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def one_hot(index: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """`[*index.shape, size]`: 1 at each index. Unlike torch's it never asks the device for the largest."""
+    return (index[..., None] == torch.arange(size, device=index.device)).to(dtype)
+
+
+def gate_logits(gate: Tensor, embedding: Tensor, route: Route) -> Tensor:
+    """`W_g e_t` of the G tasks present, `[..., G, E]`, in fp32 or better.
+
+    Args:
+        gate: W_g, `[..., E, D]`, or one per task, `[..., T, E, D]`.
+        embedding: e, `[..., T, D]`.
+        route: tasks of the batch.
+    """
+    per_task = gate.ndim > embedding.ndim
+    matrices = gate[..., route.chosen, :, :] if per_task else gate.unsqueeze(-3)
+    # A product and a sum, not a matmul: autocast would round that to half precision.
+    return (in_full(matrices) * in_full(embedding[..., route.chosen, :]).unsqueeze(-2)).sum(-1)
+
+
+def skill_weights(logits: Tensor, draw: bool) -> Tensor:
+    """Weights that sum to 1 over the last dimension, in fp32 or better: `zeta / (sum zeta + 1e-12)`.
+
+    Args:
+        logits: of each skill being used.
+        draw: zeta is a relaxed Bernoulli variable of temperature 1 (Gumbel-sigmoid); else it is the sigmoid.
+    """
+    logits = in_full(logits)
+    if draw:
+        # Not torch.distributions: its validation makes the host wait for the device in every layer.
+        edge = torch.finfo(logits.dtype).eps
+        uniform = torch.rand(logits.shape, dtype=logits.dtype, device=logits.device).clamp(edge, 1 - edge)
+        logits = logits + uniform.log() - torch.log1p(-uniform)
+    zeta = torch.sigmoid(logits)
+    return zeta / (zeta.sum(-1, keepdim=True) + 1e-12)
+
+
+def expert_rows(common: Tensor | None, specific: Tensor | None, route: Route) -> Tensor:
+    """`[common | specific experts of the tasks present]`: `[E, R, I]` and `[T, F, R, I]` to `[(E + G F) R, I]`."""
+    rows = [] if common is None else [common.flatten(0, 1)]
+    rows += [] if specific is None else [route.rows_present(specific).flatten(0, 2)]
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def expert_diagonal(common: Tensor | None, specific: Tensor | None, route: Route, r: int) -> Tensor:
+    """Diagonal for `expert_rows`: weights `[..., *ids, E]` and `[..., *ids, F]` to `[..., *ids, (E + G F) r]`.
+
+    It is zero on the experts of other tasks.
+    """
+    weights = [] if common is None else [common]
+    if specific is not None:
+        own = one_hot(route.index, len(route.present), specific.dtype)
+        weights.append((own[..., None] * specific[..., None, :]).flatten(-2))
+    return torch.cat(weights, dim=-1).repeat_interleave(r, dim=-1)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from peml.adapters.align import divergence
 from peml.adapters.base import Adapter, AdapterConfig, kaiming, positive, probability
+from peml.errors import PemlError
 from peml.routing import Route
 
 
@@ -23,28 +26,45 @@ class LoRA(AdapterConfig):
     Init: down Kaiming-uniform, up zero, so a fresh adapter changes nothing.
     Our choice: r 8, lora_alpha 16, dropout 0 (the multi-task repositories use r 8 and lora_alpha 16 or 32).
 
+    With `align` this is Align-LoRA (arXiv:2508.05078, see `adapters/align.py`): a loss in training that makes the
+    features `down x` of all tasks alike. Its released class has weight 0.01, its script 0.2: search both.
+
     Args:
         r: R, rank of the update.
         lora_alpha: numerator of the scale.
         lora_dropout: probability in [0, 1) of zeroing an entry of x before `down`; training only.
         use_rslora: scale by 1/sqrt(r) instead of 1/r.
+        align: distance between the tasks' features that is minimised: "none", "kl" or "mmd".
+        align_weight: eta, weight of that loss.
+        align_per_position: compare features position by position, as the released code, not over all tokens.
 
     Shapes:
         x (..., I), down (R, I), up (R, O) -> y (..., O).
 
     Raises:
-        PemlError: r or lora_alpha not above 0, lora_dropout outside [0, 1).
+        PemlError: r, lora_alpha or align_weight not above 0, lora_dropout outside [0, 1), an unknown `align`.
     """
 
     r: int = 8
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    align: Literal["none", "kl", "mmd"] = "none"
+    align_weight: float = 0.01
+    align_per_position: bool = False
 
     def __post_init__(self) -> None:
         positive("adapter.r", self.r)
         positive("adapter.lora_alpha", self.lora_alpha)
         probability("adapter.lora_dropout", self.lora_dropout)
+        positive("adapter.align_weight", self.align_weight)
+        if self.align not in ("none", "kl", "mmd"):
+            raise PemlError(f"adapter.align must be none, kl or mmd, not {self.align!r}")
+
+    @property
+    def feature_loss_weight(self) -> float:
+        """eta, or 0 without `align`."""
+        return 0.0 if self.align == "none" else self.align_weight
 
     @property
     def scaling(self) -> float:
@@ -73,6 +93,8 @@ class LoRAAdapter(Adapter):
         super().__init__()
         self.scaling = config.scaling
         self.lora_dropout = config.lora_dropout
+        self.align = config.align
+        self.align_per_position = config.align_per_position
         self.down = kaiming(config.r, in_features)
         self.up = nn.Parameter(torch.zeros(config.r, out_features))
 
@@ -83,3 +105,9 @@ class LoRAAdapter(Adapter):
     def core(self, tensors: Mapping[str, Tensor], route: Route | None, x: Tensor | None = None) -> Tensor:
         """`s`, R times, whatever the task."""
         return self.down.new_full(self.down.shape[:1], self.scaling)
+
+    def feature_loss(self, hidden: Tensor, route: Route, mask: Tensor | None) -> Tensor | None:
+        """Distance between the tasks' features, if the configuration asks for one."""
+        if self.align == "none":
+            return None
+        return divergence(hidden, route, mask, self.align, self.align_per_position)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from peml.adapters.base import Adapter, AdapterConfig, kaiming, positive, probability
-from peml.errors import PemlError
+from peml.adapters.base import Adapter, AdapterConfig, kaiming, one_of, positive, probability
+from peml.routing import Route
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,8 @@ class MTLLoRA(AdapterConfig):
         for name in ("r", "lora_alpha", "num_up", "temperature"):
             positive(f"adapter.{name}", getattr(self, name))
         probability("adapter.lora_dropout", self.lora_dropout)
-        if self.lambda_kind not in ("full", "diag"):
-            raise PemlError(f"adapter.lambda_kind must be full or diag, not {self.lambda_kind!r}")
-        if self.routing_init not in ("uniform", "random"):
-            raise PemlError(f"adapter.routing_init must be uniform or random, not {self.routing_init!r}")
+        one_of("adapter.lambda_kind", self.lambda_kind, "full", "diag")
+        one_of("adapter.routing_init", self.routing_init, "uniform", "random")
 
     @property
     def scaling(self) -> float:
@@ -73,17 +72,23 @@ class MTLLoRA(AdapterConfig):
         shared = self.r * in_features + self.num_up * self.r * out_features
         return shared + num_tasks * (transform + self.num_up)
 
+    def folded_rank(self, num_tasks: int) -> int:
+        """R."""
+        return self.r
+
 
 class MTLLoRAAdapter(Adapter):
     """`down [R, I]`, `up [E, R, O]`; per task `transform` (Lambda) and `routing` (omega)."""
 
     needs_task = True
     task_parameters = ("transform", "routing")
+    core_parameters = ("transform", "routing")
 
     def __init__(self, config: MTLLoRA, in_features: int, out_features: int, num_tasks: int) -> None:
         super().__init__()
         self.scaling = config.scaling
         self.temperature = config.temperature
+        self.full = config.lambda_kind == "full"
         self.lora_dropout = config.lora_dropout
         self.down = kaiming(config.r, in_features)
         self.up = nn.Parameter(torch.zeros(config.num_up, config.r, out_features))
@@ -94,18 +99,20 @@ class MTLLoRAAdapter(Adapter):
         else:
             self.routing = nn.Parameter(torch.zeros(num_tasks, config.num_up))
 
-    def bank(self) -> tuple[Tensor, Tensor]:
+    def bank(self, route: Route | None) -> tuple[Tensor, Tensor]:
         """`down [R, I]` and all up-projections as rows, `[E R, O]`."""
         return self.down, self.up.flatten(0, 1)
 
-    def core(self, task_ids: Tensor | None) -> Tensor:
+    def core(self, tensors: Mapping[str, Tensor], route: Route | None, x: Tensor | None = None) -> Tensor:
         """`s w_t (x) Lambda_t`, shape `[*ids, E R, R]`: only the rows' own tasks are gathered."""
-        assert task_ids is not None
+        assert route is not None
         # Gather before the arithmetic: the cost then depends on the batch, not on the number of tasks.
-        logits = self.routing[task_ids]
+        logits = tensors["routing"][..., route.ids, :]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
         weights = torch.softmax(logits, dim=-1) * self.scaling
-        transform = self.transform[task_ids]
-        if self.transform.ndim == 2:
-            transform = torch.diag_embed(transform)
-        return torch.einsum("...e,...qr->...eqr", weights.to(transform.dtype), transform).flatten(-3, -2)
+        if self.full:
+            transform = tensors["transform"][..., route.ids, :, :]
+        else:
+            transform = torch.diag_embed(tensors["transform"][..., route.ids, :])
+        blocks = weights.to(transform.dtype)[..., None, None] * transform.unsqueeze(-3)
+        return blocks.flatten(-3, -2)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from peml.config import PemlConfig
 from peml.prompts import PrefixNAS, PrefixTuning
 
+NOT_FOLDABLE = "its experts are mixed by the input of each token: no weight and no plain LoRA equals that"
+
 
 @dataclass(frozen=True)
 class Target:
@@ -40,6 +42,8 @@ def _merged(config: PemlConfig) -> Target:
     if config.prompt is not None:
         return Target(name, False, "a learned prefix does not fold into weights; merge_adapter() folds the rest")
     assert config.adapter is not None
+    if not config.adapter.foldable:
+        return Target(name, False, NOT_FOLDABLE)
     if config.adapter.needs_task:
         return Target(name, True, "one per task: select_task(...), then merge_and_unload()")
     return Target(name, True, "one for all tasks: merge_and_unload()")
@@ -49,9 +53,11 @@ def _lora(config: PemlConfig) -> Target:
     name = "stock LoRA adapter"
     if config.adapter is None:
         return Target(name, False, "there is no low-rank part")
+    if not config.adapter.foldable:
+        return Target(name, False, NOT_FOLDABLE)
     without = ", without the prefix" if config.prompt is not None else ""
     each = "one per task: select_task(...), then " if config.adapter.needs_task else "one for all tasks: "
-    rank = getattr(config.adapter, "r", "R")
+    rank = config.adapter.folded_rank(len(config.task_names))
     return Target(name, True, f"{each}peft.save_as_lora(folder, model, rank={rank}){without}")
 
 

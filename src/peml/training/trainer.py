@@ -110,7 +110,7 @@ class MultiTaskTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Task-mean loss of the answers, plus the prompt's penalties."""
+        """Task-mean loss of the answers, plus the penalties of prompt and features."""
         labels, tasks = inputs["labels"], inputs["tasks"]
         outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
         sums = token_loss_by_task(outputs.logits, labels, tasks, len(self.task_names), self.args.label_smoothing_factor)
@@ -124,9 +124,9 @@ class MultiTaskTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _penalty(self) -> Tensor | float:
-        if self.tuner.prompt is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return 0.0
-        terms = self.tuner.prompt.penalties()
+        terms = self.tuner.penalties()
         self._penalties = {name: term.detach() for name, term in terms.items()}
         return sum(terms.values(), 0.0)
 
