@@ -3,6 +3,8 @@
 PYTHON = python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Libraries that slow and disturb every import of PEFT: seen by the tests that need them alone.
+OPTIONAL := .venv/optional
 SOURCES := src tests $(wildcard examples scripts benchmarks)
 
 # The first variable reaches the isolated build with older versions of pip, the second with newer ones.
@@ -27,13 +29,15 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into .venv (the first time takes a few minutes)"
 	@$(PIP) torch
 	@$(PIP) --editable '.[dev]'
+	@$(PIP) --no-deps --upgrade --target $(OPTIONAL) torchao
 	@touch $@
 
 demo: $(STAMP)  ## train, compare and report, offline, in a few minutes
 	$(BIN)/peml demo
 
 test: $(STAMP)  ## the tests that need no GPU, no network and little time
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest --durations=10 -n 2
+	PYTHONPATH=$(OPTIONAL) $(BIN)/python -m pytest -m quantized tests/test_quantized.py
 
 test-slow: $(STAMP)  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow --durations=10

@@ -276,6 +276,6 @@ def test_cores_of_all_layers_are_computed_at_once(monkeypatch: pytest.MonkeyPatc
     batch = tokens(3)
     together = model(input_ids=batch, tasks=TASKS).logits
     assert len(calls) == 1
-    monkeypatch.setattr(peml.tuner, "resident", lambda module: False)  # as where weights are sharded
+    monkeypatch.setattr(peml.adapters.ahead, "resident", lambda module: False)  # as where weights are sharded
     torch.testing.assert_close(model(input_ids=batch, tasks=TASKS).logits, together, rtol=1e-12, atol=1e-12)
     assert len(calls) == 1 + 14

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peml import routing
+from peml.adapters.ahead import resident, shared
 from peml.adapters.base import Adapter
 from peml.errors import PemlError
 from peml.kernel import Branch, low_rank
@@ -273,17 +274,6 @@ def group_siblings(model: nn.Module) -> None:
 def device_of(layer: nn.Module) -> torch.device:
     """Where a layer's own weights are; those of quantised layers need not be called `weight`."""
     return next(t for t in (*layer.parameters(), *layer.buffers())).device
-
-
-def resident(module: nn.Module) -> bool:
-    """Whether a module's own weights are whole and here: not sharded, quantised, or of another tensor class."""
-    return all(type(p) in (Tensor, nn.Parameter) and not hasattr(p, "ds_id") for p in module.parameters(recurse=False))
-
-
-def shared(adapter: Adapter, core: Tensor, leading: int = 0) -> Tensor:
-    """Drop the dimension of the rows where one task has them all; `leading` dimensions stand in front of it."""
-    own = leading + (1 if adapter.diagonal else 2)
-    return core.squeeze(leading) if core.ndim == own + 1 and core.shape[leading] == 1 else core
 
 
 def _together(layers: Sequence[BankLinear], x: Tensor, forward: Forward | None) -> list[Tensor]:

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from peml.errors import PemlError
 
@@ -93,11 +94,16 @@ def list_methods() -> None:
     """List the methods that a recipe can name."""
     from peml.methods import METHODS
 
-    table = Table("method", "adapter", "prompt", "regime", "what it is")
+    table = Table.grid(padding=(0, 2))
     for name, row in METHODS.items():
-        parts = ["-" if part is None else type(part).__name__ for part in (row.adapter, row.prompt)]
-        table.add_row(name, *parts, row.regime, row.summary)
+        axes = " x ".join("none" if part is None else type(part).__name__ for part in (row.adapter, row.prompt))
+        folds = {"-": "", "no": ", cannot be folded"}.get(row.folds, f", folds {row.folds}")
+        about = Text(row.summary).append(f"\n{axes} x {row.regime}{folds}", style="dim")
+        table.add_row(Text(name, style="bold"), about)
     console.print(table)
+    console.print(
+        "\nAxes: adapter x prompt x regime. To fold is to merge into the weights, or to export as plain LoRA."
+    )
 
 
 @app.command(name="tasks")

@@ -8,8 +8,57 @@ import torch
 from torch import Tensor, nn
 
 from peml.adapters import Adapter
+from peml.attached import Attached
 from peml.errors import PemlError
 from peml.prompts import Prompt
+
+
+class Growing(Attached):
+    """The part of a tuner that adds tasks."""
+
+    def add_task(self, name: str, init: str = "identity") -> None:
+        """Append a task to the active adapter; outputs of the other tasks do not change by a bit.
+
+        Parameters that are stacked over tasks are new objects afterwards: make the optimiser after this.
+
+        Args:
+            name: of the new task.
+            init: where its own parameters start: "identity" as in a fresh adapter, "mean" of the other tasks',
+                or "copy:TASK".
+
+        Raises:
+            PemlError: the name is taken, `init` is unknown, or a task is merged.
+        """
+        config, adapter_name = self._active_config(), self.adapter_in_force
+        assert adapter_name is not None
+        check_name(name, config.task_names)
+        source = source_of(init, config.task_names)
+        if any(bank.merged for bank in self._banks()):
+            raise PemlError("a task is merged into the weights: call unmerge_adapter() before adding another")
+        grown = None if config.adapter is None else config.adapter.grown(len(config.task_names))
+        names = (*config.task_names, name)
+        for bank in self._banks():
+            if adapter_name in bank.peml_adapter and grown is not None:
+                fresh = grown.build(bank.in_features, bank.out_features, len(names))
+                append_task(bank.peml_adapter[adapter_name], fresh, init, source)  # type: ignore[arg-type]
+                bank.task_names[adapter_name] = names
+        host = self._prompt_host()
+        if host is not None and self.prompt is not None and config.prompt is not None:
+            append_task(self.prompt, config.prompt.build(host.slots, 1), init, source)
+        config.adapter, config.task_names = grown, list(names)
+
+    def freeze_shared(self) -> None:
+        """Train nothing but what belongs to single tasks: an added task then leaves the others as they are.
+
+        Raises:
+            PemlError: all parameters of this adapter are shared by its tasks.
+        """
+        own = self.per_task_parameters()
+        if not own:
+            raise PemlError("all parameters of this adapter are shared by its tasks: none would be left to train")
+        for part in self.parts().values():
+            for parameter in part:
+                parameter.requires_grad = parameter.requires_grad and id(parameter) in own
 
 
 def source_of(init: str, task_names: Sequence[str]) -> int | None:

@@ -44,9 +44,19 @@ class Method:
     regime: str
     summary: str
 
+    @property
+    def folds(self) -> str:
+        """Whether the adapter is a plain LoRA, to merge and to export: once, per task, or not at all."""
+        if self.adapter is None:
+            return "-"
+        if not self.adapter.foldable:
+            return "no"
+        return "per task" if self.adapter.needs_task else "once"
+
 
 METHODS: dict[str, Method] = {
     "lora": Method(LoRA(), None, "joint", "one low-rank update for all tasks (arXiv:2106.09685)"),
+    "align-lora": Method(LoRA(lora_alpha=32, align="kl"), None, "joint", "LoRA with features alike (arXiv:2508.05078)"),
     "single-task": Method(SingleTaskLoRA(), None, "joint", "a LoRA of its own for every task"),
     "mtl-lora": Method(MTLLoRA(), None, "joint", "low-rank update with a transform per task (arXiv:2410.09437)"),
     "multi-lora": Method(MultiLoRA(), None, "joint", "parallel LoRAs, scaled per feature (arXiv:2311.11501)"),

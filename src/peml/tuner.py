@@ -1,4 +1,4 @@
-"""`PemlModel`: attaches adapter and prompt to a model, opens the route of each forward, selects a task, merges."""
+"""`PemlModel`: attaches adapter and prompt to a model, opens the route of each forward, selects a task."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peml import attention, growth, routing, saving
-from peml.adapters import Adapter
+from peml import attention, routing, saving
+from peml.adapters.ahead import cores_ahead
+from peml.attached import HOOKS, HOST
 from peml.attention import PromptHost
-from peml.bank import BankLinear, group_siblings, resident, shared
+from peml.bank import BankLinear, group_siblings
 from peml.config import PemlConfig
 from peml.errors import PemlError
+from peml.growth import Growing
 from peml.hooks import ForwardHooks
+from peml.merging import Merging
 from peml.prompts import PrefixGenerator
 from peml.routing import Forward, Route, Tasks
 
-HOST, HOOKS = "prompt_host", "_peml_hooks"
 
-
-class PemlModel(BaseTuner):
+class PemlModel(Merging, Growing):
     """A model with PEML adapters; made by `peft.get_peft_model(model, PemlConfig(...))`.
 
     `model(**batch, tasks=["rte", "sst2"])` routes each row; `tasks="rte"` routes all rows. Names or ids.
@@ -36,7 +37,6 @@ class PemlModel(BaseTuner):
 
     prefix: str = "peml_"
     tuner_layer_cls = BankLinear | PromptHost
-    peft_config: dict[str, PemlConfig]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -167,29 +167,6 @@ class PemlModel(BaseTuner):
 
     # Routing
 
-    @property
-    def adapter_in_force(self) -> str | None:
-        """Name of the active adapter, as the layers have it: transformers' `set_adapter` tells only them."""
-        for module in self.model.modules():
-            if isinstance(module, BankLinear | PromptHost):
-                return module.active_adapters[0] if module.active_adapters else None
-        return None
-
-    @property
-    def config_in_force(self) -> PemlConfig | None:
-        """Configuration of the active adapter."""
-        return self.peft_config.get(self.adapter_in_force or "")
-
-    def _prompt_host(self) -> PromptHost | None:
-        host = getattr(self.model, HOST, None)
-        return host if isinstance(host, PromptHost) else None
-
-    @property
-    def prompt(self) -> Any:
-        """The prompt module of the active adapter, or None."""
-        host, name = self._prompt_host(), self.adapter_in_force or ""
-        return None if host is None or name not in host.peml_prompt else host.peml_prompt[name]
-
     def select_task(self, task: str | int | None) -> None:
         """Choose the task that `merge_adapter` and `merge_and_unload` fold in, and that calls without `tasks=` mean.
 
@@ -217,12 +194,6 @@ class PemlModel(BaseTuner):
         """`generate` of the model; `tasks=` as in `forward`."""
         return self.model.generate(*args, **kwargs)
 
-    def _active_config(self) -> PemlConfig:
-        config = self.config_in_force
-        if config is None:
-            raise PemlError("no PEML adapter is active: call set_adapter() first")
-        return config
-
     def _route(self, tasks: Tasks | None, rows: int | None = None) -> Route | None:
         """Tasks given here, or by a block around the call, or selected for good."""
         config, name = self.config_in_force, self.adapter_in_force
@@ -245,12 +216,6 @@ class PemlModel(BaseTuner):
             raise PemlError(f"task {merged!r} is merged into the weights: call unmerge_adapter() to route other tasks")
         return route
 
-    def _banks(self) -> list[BankLinear]:
-        # Asked in every forward, and to walk a large model takes as long as a layer.
-        if self._bank_layers is None:
-            self._bank_layers = [module for module in self.model.modules() if isinstance(module, BankLinear)]
-        return self._bank_layers
-
     def _merged(self, config: PemlConfig) -> bool:
         return config.adapter is not None and config.adapter.needs_task and any(bank.merged for bank in self._banks())
 
@@ -262,7 +227,7 @@ class PemlModel(BaseTuner):
             route,
             model=self.model,
             adapter=self.adapter_in_force,
-            cores=self._cores(route),
+            cores=cores_ahead([a for bank in self._banks() if (a := bank.active()) is not None], route),
             mask=mask,
             losses=self._open_losses(route),
         )
@@ -295,27 +260,6 @@ class PemlModel(BaseTuner):
             terms["align"] = adapter.feature_loss_weight * mean
         return terms
 
-    def _cores(self, route: Route | None) -> dict[nn.Module, Tensor]:
-        """Cores of all layers in a few operations; layers that are not in it compute their own."""
-        adapters = [adapter for bank in self._banks() if (adapter := bank.active()) is not None]
-        if not adapters or adapters[0].reads_input or (adapters[0].needs_task and route is None):
-            return {}
-        by_device: dict[torch.device, list[Adapter]] = {}
-        for adapter in adapters:
-            if not resident(adapter):
-                return {}
-            by_device.setdefault(next(adapter.parameters()).device, []).append(adapter)
-        cores: dict[nn.Module, Tensor] = {}
-        for device, group in by_device.items():
-            here, first = None if route is None else route.to(device), group[0]
-            with torch.autocast(device.type, enabled=False):
-                if not first.core_parameters:
-                    cores |= dict.fromkeys(group, shared(first, first.core({}, here)))
-                    continue
-                stacked = {n: torch.stack([getattr(a, n) for a in group]) for n in first.core_parameters}
-                cores |= zip(group, shared(first, first.core(stacked, here), leading=1).unbind(), strict=True)
-        return cores
-
     def counts_positions(self) -> bool:
         """Whether the model counts positions from the left, as decoders do."""
         host = self._prompt_host()
@@ -326,64 +270,7 @@ class PemlModel(BaseTuner):
             # In the model's own dict: the hooks are no module of it, but go where it goes, deep copies included.
             self.model.__dict__[HOOKS] = ForwardHooks(self, self.model)
 
-    def _remove_hooks(self) -> None:
-        hooks = self.model.__dict__.pop(HOOKS, None)
-        if hooks is not None:
-            hooks.remove()
-
-    # Merging and unloading
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """Fold the selected task into the base weights and return the plain base model.
-
-        Raises:
-            PemlError: the adapter has a prompt, or needs a task and none is selected.
-        """
-        if self._active_config().prompt is not None:
-            raise PemlError(
-                "a learned prefix cannot be folded into weights: keep the adapter, or call merge_adapter(), "
-                "which folds the low-rank part and leaves the prefix in place"
-            )
-        if not any(bank.merged for bank in self._banks()):
-            self.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        return self._unload(progressbar)
-
-    def unload(self) -> nn.Module:
-        """Return the plain base model with its own weights, whether or not a task is merged into them."""
-        for bank in self._banks():
-            if bank.merged:
-                bank.unmerge()
-        return self._unload()
-
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Fold the selected task's low-rank update into the weights; a prefix stays as it is."""
-        self._check_selected()
-        merged = [bank for bank in self._banks() if bank.merged]
-        try:
-            super().merge_adapter(*args, **kwargs)
-        except BaseException:
-            # All or nothing: a layer that refuses must not leave those before it merged.
-            for bank in self._banks():
-                if bank.merged and bank not in merged:
-                    bank.unmerge()
-            raise
-
-    def _check_selected(self) -> None:
-        config = self._active_config()
-        if config.adapter is not None and config.adapter.needs_task and self.adapter_in_force not in self._selected:
-            names = ", ".join(config.task_names)
-            raise PemlError(f"merging needs one task: call select_task() with one of {names} first")
-
-    def _unload(self, progressbar: bool = False) -> nn.Module:
-        """Take everything of ours out of the model, and leave its weights as they are now."""
-        host = self._prompt_host()
-        if host is not None:
-            delattr(self.model, HOST)
-            attention.uninstall(self.model, host)
-        self._remove_hooks()
-        return self._unload_and_optionally_merge(merge=False, progressbar=progressbar)  # type: ignore[no-any-return]
+    # Inspecting
 
     @contextmanager
     def ablated(self, part: str) -> Iterator[None]:
@@ -397,97 +284,6 @@ class PemlModel(BaseTuner):
         finally:
             for layer in layers:
                 layer._disable_adapters = False
-
-    def fold(self, task: str | int | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Every layer's plain low-rank pair for one task: `down [R', I]` and `up [R', O]` by module path, scale 1.
-
-            W x + up' down x
-
-        It is a LoRA of `config.adapter.folded_rank` with lora_A = down and lora_B = up'; a prefix is not part of it.
-
-        Args:
-            task: name or id; None: the selected one, or none where the adapter needs none.
-
-        Raises:
-            PemlError: an unknown task, none given where one is needed, or an adapter that is routed by its input.
-        """
-        config, name = self._active_config(), self.adapter_in_force
-        assert name is not None
-        chosen = None if task is None else Route.of(task, config.task_names).present[0]
-        return {
-            path: module.fold(name, chosen)
-            for path, module in self.model.named_modules()
-            if isinstance(module, BankLinear) and name in module.peml_adapter
-        }
-
-    # Adding tasks
-
-    def add_task(self, name: str, init: str = "identity") -> None:
-        """Append a task to the active adapter; outputs of the other tasks do not change by a bit.
-
-        Parameters that are stacked over tasks are new objects afterwards: make the optimiser after this.
-
-        Args:
-            name: of the new task.
-            init: where its own parameters start: "identity" as in a fresh adapter, "mean" of the other tasks',
-                or "copy:TASK".
-
-        Raises:
-            PemlError: the name is taken, `init` is unknown, or a task is merged.
-        """
-        config, adapter_name = self._active_config(), self.adapter_in_force
-        assert adapter_name is not None
-        growth.check_name(name, config.task_names)
-        source = growth.source_of(init, config.task_names)
-        if any(bank.merged for bank in self._banks()):
-            raise PemlError("a task is merged into the weights: call unmerge_adapter() before adding another")
-        grown = None if config.adapter is None else config.adapter.grown(len(config.task_names))
-        names = (*config.task_names, name)
-        for bank in self._banks():
-            if adapter_name in bank.peml_adapter and grown is not None:
-                fresh = grown.build(bank.in_features, bank.out_features, len(names))
-                growth.append_task(bank.peml_adapter[adapter_name], fresh, init, source)  # type: ignore[arg-type]
-                bank.task_names[adapter_name] = names
-        host = self._prompt_host()
-        if host is not None and self.prompt is not None and config.prompt is not None:
-            growth.append_task(self.prompt, config.prompt.build(host.slots, 1), init, source)
-        config.adapter, config.task_names = grown, list(names)
-
-    def freeze_shared(self) -> None:
-        """Train nothing but what belongs to single tasks: an added task then leaves the others as they are.
-
-        Raises:
-            PemlError: all parameters of this adapter are shared by its tasks.
-        """
-        own = self.per_task_parameters()
-        if not own:
-            raise PemlError("all parameters of this adapter are shared by its tasks: none would be left to train")
-        for part in self.parts().values():
-            for parameter in part:
-                parameter.requires_grad = parameter.requires_grad and id(parameter) in own
-
-    # Inspecting
-
-    def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters of the active adapter by part: adapter, prompt, architecture, and other (`modules_to_save`)."""
-        architecture = [] if self.prompt is None else self.prompt.architecture_parameters()
-        chosen = {id(p) for p in architecture}
-        parts = {
-            "adapter": [p for adapter in self._adapters() for p in adapter.parameters()],
-            "prompt": [] if self.prompt is None else [p for p in self.prompt.parameters() if id(p) not in chosen],
-            "architecture": architecture,
-        }
-        ours = {id(p) for part in parts.values() for p in part}
-        return parts | {"other": [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours]}
-
-    def per_task_parameters(self) -> set[int]:
-        """`id` of every parameter that is stacked over tasks."""
-        owners = self._adapters() + ([] if self.prompt is None else [self.prompt])
-        return {id(owner.get_parameter(key)) for owner in owners for key in owner.task_parameters}
-
-    def _adapters(self) -> list[Any]:
-        name = self.adapter_in_force or ""
-        return [bank.peml_adapter[name] for bank in self._banks() if name in bank.peml_adapter]
 
     def collapse_prompt(self) -> None:
         """Replace a generated prefix by the table of keys and values that it has become.
@@ -519,8 +315,3 @@ class PemlModel(BaseTuner):
         renamed: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         saving.check_fit(model, adapter_name, renamed)
         return renamed
-
-
-def count(parameters: list[torch.nn.Parameter]) -> int:
-    """Numbers in a list of parameters."""
-    return sum(p.numel() for p in parameters)

@@ -20,6 +20,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from peml.attached import count
 from peml.config import PemlConfig, part_to_dict
 from peml.errors import PemlError
 from peml.evaluation import average
@@ -31,7 +32,6 @@ from peml.training.progress import RunLog, progress_bar
 from peml.training.recipe import Recipe, load_recipe
 from peml.training.trainer import MultiTaskTrainer, learning_rates
 from peml.training.workbench import Workbench, prepare
-from peml.tuner import count
 
 
 def train(

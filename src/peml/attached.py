@@ -1,0 +1,85 @@
+"""What a tuner has attached to a model: its layers, its prompt, the adapter in force, and their parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from peml.attention import PromptHost
+from peml.bank import BankLinear
+from peml.config import PemlConfig
+from peml.errors import PemlError
+
+HOST, HOOKS = "prompt_host", "_peml_hooks"
+"""Where the base model keeps its prompts, and the hooks that open a forward."""
+
+
+class Attached(BaseTuner):
+    """The part of a tuner that says what there is."""
+
+    peft_config: dict[str, PemlConfig]
+    _selected: dict[str, int]
+    _bank_layers: list[BankLinear] | None
+
+    @property
+    def adapter_in_force(self) -> str | None:
+        """Name of the active adapter, as the layers have it: transformers' `set_adapter` tells only them."""
+        for module in self.model.modules():
+            if isinstance(module, BankLinear | PromptHost):
+                return module.active_adapters[0] if module.active_adapters else None
+        return None
+
+    @property
+    def config_in_force(self) -> PemlConfig | None:
+        """Configuration of the active adapter."""
+        return self.peft_config.get(self.adapter_in_force or "")
+
+    def _prompt_host(self) -> PromptHost | None:
+        host = getattr(self.model, HOST, None)
+        return host if isinstance(host, PromptHost) else None
+
+    @property
+    def prompt(self) -> Any:
+        """The prompt module of the active adapter, or None."""
+        host, name = self._prompt_host(), self.adapter_in_force or ""
+        return None if host is None or name not in host.peml_prompt else host.peml_prompt[name]
+
+    def _banks(self) -> list[BankLinear]:
+        # Asked in every forward, and to walk a large model takes as long as a layer.
+        if self._bank_layers is None:
+            self._bank_layers = [module for module in self.model.modules() if isinstance(module, BankLinear)]
+        return self._bank_layers
+
+    def _active_config(self) -> PemlConfig:
+        config = self.config_in_force
+        if config is None:
+            raise PemlError("no PEML adapter is active: call set_adapter() first")
+        return config
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters of the active adapter by part: adapter, prompt, architecture, and other (`modules_to_save`)."""
+        architecture = [] if self.prompt is None else self.prompt.architecture_parameters()
+        chosen = {id(p) for p in architecture}
+        parts = {
+            "adapter": [p for adapter in self._adapters() for p in adapter.parameters()],
+            "prompt": [] if self.prompt is None else [p for p in self.prompt.parameters() if id(p) not in chosen],
+            "architecture": architecture,
+        }
+        ours = {id(p) for part in parts.values() for p in part}
+        return parts | {"other": [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours]}
+
+    def per_task_parameters(self) -> set[int]:
+        """`id` of every parameter that is stacked over tasks."""
+        owners = self._adapters() + ([] if self.prompt is None else [self.prompt])
+        return {id(owner.get_parameter(key)) for owner in owners for key in owner.task_parameters}
+
+    def _adapters(self) -> list[Any]:
+        name = self.adapter_in_force or ""
+        return [bank.peml_adapter[name] for bank in self._banks() if name in bank.peml_adapter]
+
+
+def count(parameters: list[nn.Parameter]) -> int:
+    """Numbers in a list of parameters."""
+    return sum(p.numel() for p in parameters)
