@@ -21,6 +21,7 @@ ROOMS = [
     "prompts",
     "kernel",
     "bank",
+    "mlp",
     "attention",
     "hooks",
     "heads",

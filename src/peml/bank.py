@@ -240,20 +240,20 @@ class Siblings:
             if not handed[2]:
                 del forward.handed[self]
             return output
-        if layer is not self.layers[0] or not all(self._fits(other) for other in self.layers):
+        if layer is not self.layers[0] or not all(stands_alone(other) for other in self.layers):
             return None
         outputs = dict(zip(self.layers, _together(self.layers, x, forward), strict=True))
         own = outputs.pop(layer)
         forward.handed[self] = (x, version, outputs)
         return own
 
-    @staticmethod
-    def _fits(layer: BankLinear) -> bool:
-        """Whether another layer may compute for this one: not if its own call fetches weights or changes outputs."""
-        adapter = layer.active()
-        if adapter is None or layer._forward_hooks or layer._forward_pre_hooks:
-            return False
-        return resident(adapter) and not layer.quantized and layer._frozen(layer.base_layer.weight.dtype)[0] is not None
+
+def stands_alone(layer: BankLinear) -> bool:
+    """Whether another may compute for a layer: not if its own call fetches weights, or changes what goes in or out."""
+    adapter = layer.active()
+    if adapter is None or layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    return resident(adapter) and not layer.quantized and layer._frozen(layer.base_layer.weight.dtype)[0] is not None
 
 
 def group_siblings(model: nn.Module) -> None:
@@ -276,11 +276,15 @@ def device_of(layer: nn.Module) -> torch.device:
     return next(t for t in (*layer.parameters(), *layer.buffers())).device
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type that a linear layer computes in."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def _together(layers: Sequence[BankLinear], x: Tensor, forward: Forward | None) -> list[Tensor]:
     """Outputs of layers with an active adapter on one input."""
-    dtype, device = x.dtype, x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype, device = compute_dtype(x), x.device.type
     adapters = [layer.active() for layer in layers]
     with torch.autocast(device, enabled=False):
         branches = [

@@ -32,6 +32,8 @@ class PemlConfig(PeftConfig):
         layers_to_transform: indices of the layers to adapt; None: all.
         layers_pattern: name of the module list that these indices count, where it is not the usual one.
         modules_to_save: modules of the base that are trained and saved in full.
+        fuse_mlp: compute SwiGLU feed-forward blocks in one autograd function. Training then keeps fewer of their
+            activations than the frozen model does, and computes one product twice. Results are the same.
 
     Raises:
         PemlError: no or repeated task names, neither adapter nor prompt, or an unknown setting of one of them.
@@ -47,6 +49,7 @@ class PemlConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Module list that indices count."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved in full."})
+    fuse_mlp: bool = field(default=False, metadata={"help": "Keep fewer activations of SwiGLU blocks in training."})
     peml_version: str | None = field(default=None, metadata={"help": "Version of peml that wrote this; filled in."})
 
     def __post_init__(self) -> None:
@@ -84,6 +87,8 @@ class PemlConfig(PeftConfig):
             ("modules_to_save", list[str] | None, "module names"),
             ("layers_to_transform", list[int] | int | None, "layer indices"),
         )
+        if not isinstance(self.fuse_mlp, bool):
+            raise PemlError(f"fuse_mlp must be true or false, not {self.fuse_mlp!r}")
         for name, hint, what in lists:
             if not _fits(getattr(self, name), hint):
                 raise PemlError(f"{name} must be a list of {what}, not {getattr(self, name)!r}")

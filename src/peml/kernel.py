@@ -61,18 +61,37 @@ def low_rank(x: Tensor, branches: Sequence[Branch], dropout: float = 0.0) -> lis
         branches: the layers that read it.
         dropout: probability of zeroing an entry of x before `down`, drawn once for all branches.
     """
-    seed = int(torch.randint(2**62, ())) if dropout else 0
-    plan = _Plan(tuple(b.diagonal for b in branches), dropout, seed)
-    tensors = [t for b in branches for t in b[:5]]
+    plan, tensors = _Plan.of(branches, dropout), [t for b in branches for t in b[:5]]
     if torch.is_grad_enabled():
         return list(_LowRank.apply(plan, x, *tensors))  # type: ignore[no-untyped-call]
     return _forward(plan, x, tensors)[0]
+
+
+def swiglu(x: Tensor, gate: Branch, up: Branch, down: Branch, dropout: Sequence[float] = (0.0, 0.0)) -> Tensor:
+    """`down(silu(gate(x)) * up(x))` in one autograd function, which keeps x and the outputs of `gate` and `up`.
+
+    The product is computed again in backward: with adapters, fewer activations are kept than by a frozen MLP, whose
+    activation, product and gate are all kept by autograd.
+
+    Args:
+        x: in the dtype of the frozen weights.
+        gate: frozen layer with its update; up and down likewise.
+        up: see gate.
+        down: see gate.
+        dropout: in front of the updates of gate and up, and of that of down.
+    """
+    plans = _Plan.of((gate, up), dropout[0]), _Plan.of((down,), dropout[1])
+    return _SwiGLU.apply(*plans, x, *gate[:5], *up[:5], *down[:5])  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Plan(NamedTuple):
     diagonal: tuple[bool, ...]
     dropout: float
     seed: int
+
+    @classmethod
+    def of(cls, branches: Sequence[Branch], dropout: float) -> _Plan:
+        return cls(tuple(b.diagonal for b in branches), dropout, int(torch.randint(2**62, ())) if dropout else 0)
 
 
 class _Folded(NamedTuple):
@@ -153,48 +172,82 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan: _Plan = ctx.plan
         rows, hidden, *tensors = ctx.saved_tensors
         hidden = hidden.view(rows.shape[0], -1)
-        needed = ctx.needs_input_grad[2:]
-        found: list[Tensor | None] = [None] * len(tensors)
-        downs = tensors[2::5]
-        grad_h = torch.zeros_like(hidden) if any(g is None for g in grads[:-1]) else torch.empty_like(hidden)
-        grad_x = None
-        start = 0
-        for i, diagonal in enumerate(plan.diagonal):
-            weight, _, own_down, up, core = tensors[5 * i : 5 * i + 5]
-            end = start + own_down.shape[0]
-            own, start = slice(start, end), end
-            grad = grads[i]
-            if grad is None:
-                continue
-            dy = grad.reshape(rows.shape[0], -1)
-            grad_h[:, own], found[5 * i + 3], found[5 * i + 4] = _backward_of_branch(
-                _fold(core, up, diagonal, rows.dtype), up, core, hidden[:, own], dy, diagonal, needed[5 * i + 3 :]
-            )
-            if weight is not None and ctx.needs_input_grad[1]:
-                grad_x = dy @ weight if grad_x is None else grad_x.addmm_(dy, weight)
-        if grads[-1] is not None:
-            grad_h += grads[-1].reshape(grad_h.shape)
-        inner = rows
+        grad_x, found = _backward(ctx.plan, rows, hidden, tensors, grads, ctx.needs_input_grad[1:])
+        return None, None if grad_x is None else grad_x.view(ctx.x_shape), *found
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, into: _Plan, out: _Plan, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        (gate, up, _), rows, hidden = _forward(into, x, tensors[:10])
+        (y, _), _, hidden_out = _forward(out, F.silu(gate) * up, tensors[10:])
+        ctx.save_for_backward(rows, gate, up, hidden, hidden_out, *tensors)
+        ctx.plans, ctx.x_shape = (into, out), x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, gate, up, hidden, hidden_out, *tensors = ctx.saved_tensors
+        (into, out), needed = ctx.plans, ctx.needs_input_grad[2:]
+        gate, up = (t.view(rows.shape[0], -1) for t in (gate, up))
+        active = F.silu(gate)
+        middle, found_out = _backward(out, active * up, hidden_out, tensors[10:], (grad, None), (True, *needed[11:]))
+        assert middle is not None
+        grads = (torch.ops.aten.silu_backward(middle * up, gate), middle.mul_(active), None)
+        grad_x, found = _backward(into, rows, hidden, tensors[:10], grads, needed[:11])
+        return None, None, None if grad_x is None else grad_x.view(ctx.x_shape), *found, *found_out
+
+
+def _backward(
+    plan: _Plan,
+    rows: Tensor,
+    hidden: Tensor,
+    tensors: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of the rows and of the branches' tensors, of the outputs' and H's; `needed` says which, x first."""
+    need_x, needed = needed[0], needed[1:]
+    found: list[Tensor | None] = [None] * len(tensors)
+    downs = tensors[2::5]
+    grad_h = torch.zeros_like(hidden) if any(g is None for g in grads[:-1]) else torch.empty_like(hidden)
+    grad_x = None
+    start = 0
+    for i, diagonal in enumerate(plan.diagonal):
+        weight, _, own_down, up, core = tensors[5 * i : 5 * i + 5]
+        end = start + own_down.shape[0]
+        own, start = slice(start, end), end
+        grad = grads[i]
+        if grad is None:
+            continue
+        dy = grad.reshape(rows.shape[0], -1)
+        grad_h[:, own], found[5 * i + 3], found[5 * i + 4] = _backward_of_branch(
+            _fold(core, up, diagonal, rows.dtype), up, core, hidden[:, own], dy, diagonal, needed[5 * i + 3 :]
+        )
+        if weight is not None and need_x:
+            grad_x = dy @ weight if grad_x is None else grad_x.addmm_(dy, weight)
+    if grads[-1] is not None:
+        grad_h += grads[-1].reshape(grad_h.shape)
+    inner = rows
+    if plan.dropout:
+        kept, probability = _kept(plan, rows)
+        grad_h = grad_h / probability
+        inner = rows * kept
+    if any(needed[2::5]):
+        grad_down = grad_h.T @ inner
+        for i, part in enumerate(torch.split(grad_down, [d.shape[0] for d in downs])):
+            found[5 * i + 2] = part.to(downs[i].dtype)
+    if need_x:
+        down = _down(downs, rows.dtype)
         if plan.dropout:
-            kept, probability = _kept(plan, rows)
-            grad_h = grad_h / probability
-            inner = rows * kept
-        if any(needed[2::5]):
-            grad_down = grad_h.T @ inner
-            for i, part in enumerate(grad_down.split([d.shape[0] for d in downs])):
-                found[5 * i + 2] = part.to(downs[i].dtype)
-        if ctx.needs_input_grad[1]:
-            down = _down(downs, rows.dtype)
-            if plan.dropout:
-                through = (grad_h @ down).mul_(kept)
-                grad_x = through if grad_x is None else grad_x.add_(through)
-            else:
-                grad_x = grad_h @ down if grad_x is None else grad_x.addmm_(grad_h, down)
-            grad_x = grad_x.view(ctx.x_shape)
-        return None, grad_x, *found
+            through = (grad_h @ down).mul_(kept)
+            grad_x = through if grad_x is None else grad_x.add_(through)
+        else:
+            grad_x = grad_h @ down if grad_x is None else grad_x.addmm_(grad_h, down)
+    return grad_x, found
 
 
 def _backward_of_branch(

@@ -10,6 +10,7 @@ from peml import attention
 from peml.attached import HOOKS, HOST, Attached
 from peml.bank import BankLinear
 from peml.errors import PemlError
+from peml.mlp import separate_mlps
 from peml.routing import Route
 
 
@@ -87,6 +88,7 @@ class Merging(Attached):
         if host is not None:
             delattr(self.model, HOST)
             attention.uninstall(self.model, host)
+        separate_mlps(self.model)
         self._remove_hooks()
         return self._unload_and_optionally_merge(merge=False, progressbar=progressbar)  # type: ignore[no-any-return]
 

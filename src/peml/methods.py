@@ -75,7 +75,7 @@ METHODS: dict[str, Method] = {
 """Every method that a recipe can name."""
 
 
-WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "fuse_mlp")
 """Fields of `PemlConfig` that a recipe can set beside those of adapter and prompt."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -25,6 +26,7 @@ from peml.errors import PemlError
 from peml.growth import Growing
 from peml.hooks import ForwardHooks
 from peml.merging import Merging
+from peml.mlp import fuse_mlps
 from peml.prompts import PrefixGenerator
 from peml.routing import Forward, Route, Tasks
 
@@ -81,6 +83,10 @@ class PemlModel(Merging, Growing):
                 attention.uninstall(model, fresh)
             raise
         group_siblings(model)
+        if config.fuse_mlp and not fuse_mlps(model):
+            warnings.warn(
+                "fuse_mlp has no effect: no SwiGLU block of this model has all its layers adapted", stacklevel=2
+            )
         self._bank_layers = None
         if fresh is not None:
             setattr(model, HOST, fresh)
