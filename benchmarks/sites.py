@@ -128,7 +128,7 @@ class Site:
         """The frozen module and its twin."""
         return [self.variant(name, self.copy(), "floor") for name in (FLOOR, TWIN)]
 
-    def attach(self, adapter: AdapterConfig, num_tasks: int | None = None) -> nn.Module:
+    def attach(self, adapter: AdapterConfig, num_tasks: int | None = None, **config: Any) -> nn.Module:
         """A copy with a peml adapter."""
         # Imported here: the environment of adapterhub.py, which needs the rest of this file, has neither.
         from peft import get_peft_model
@@ -138,14 +138,19 @@ class Site:
         names = [f"task{i}" for i in range(num_tasks or self.num_tasks)]
         # Their own list: PEFT writes into the one that it is given.
         targets = self.targets if isinstance(self.targets, str) else list(self.targets)
-        config = peml.PemlConfig(task_names=names, adapter=adapter, target_modules=targets)
-        return get_peft_model(self.copy(), config)
+        settings = peml.PemlConfig(task_names=names, adapter=adapter, target_modules=targets, **config)
+        return get_peft_model(self.copy(), settings)
 
     def peml(
-        self, name: str, adapter: AdapterConfig, against: str | None = None, num_tasks: int | None = None
+        self,
+        name: str,
+        adapter: AdapterConfig,
+        against: str | None = None,
+        num_tasks: int | None = None,
+        **config: Any,
     ) -> Variant:
         """A peml adapter; every row names its task, whether or not the method uses it."""
-        module = self.attach(adapter, num_tasks)
+        module = self.attach(adapter, num_tasks, **config)
         found = self.variant(name, module, "peml", against, tasks=self.ids)
         return replace(found, setting=repr(adapter))
 
