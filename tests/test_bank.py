@@ -279,3 +279,28 @@ def test_cores_of_all_layers_are_computed_at_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(peml.adapters.ahead, "resident", lambda module: False)  # as where weights are sharded
     torch.testing.assert_close(model(input_ids=batch, tasks=TASKS).logits, together, rtol=1e-12, atol=1e-12)
     assert len(calls) == 1 + 14
+
+
+@torch.no_grad()
+def test_generate_prepares_each_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no later call, of other weights or tasks, takes what an earlier one has kept."""
+    model, made = adapt(tiny(), peml.MTLLoRA(r=2)), []
+    original = peml.bank.prepare
+    monkeypatch.setattr(peml.bank, "prepare", lambda *args: made.append(1) or original(*args))
+    batch = tokens(3)
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+
+    def generated(tasks) -> torch.Tensor:
+        found = model.generate(input_ids=batch, attention_mask=torch.ones_like(batch), tasks=tasks, **options)
+        sequences, steps = found.sequences, torch.stack(found.logits, dim=1)
+        whole = model(input_ids=sequences[:, :-1], tasks=tasks).logits[:, batch.shape[1] - 1 :]
+        torch.testing.assert_close(steps, whole.float(), rtol=1e-4, atol=1e-4)
+        return steps
+
+    first = generated(TASKS)
+    assert len(made) == 8  # two layers of q, k, v; o; gate, up; down
+    other = generated(["cola"] * 3)
+    shake((p for p in model.parameters() if p.requires_grad), 0.1)
+    changed = generated(TASKS)
+    model.base_model.model.model.layers[0].self_attn.o_proj.base_layer.weight.mul_(1.1)
+    assert len({float(t.sum()) for t in (first, other, changed, generated(TASKS))}) == 4

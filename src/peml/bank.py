@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from peml import routing
 from peml.adapters.ahead import resident, shared
 from peml.adapters.base import Adapter
 from peml.errors import PemlError
-from peml.kernel import Branch, low_rank
+from peml.kernel import Branch, low_rank, prepare, run
 from peml.routing import Forward, Route
 
 SIBLINGS = (
@@ -90,10 +91,12 @@ class BankLinear(nn.Module, BaseTunerLayer):
 
     def active(self) -> Adapter | None:
         """The adapter in force, or None if it is disabled, merged, or elsewhere in the model."""
-        if self._disable_adapters or self.merged:
+        if self._disable_adapters or self.merged_adapters:
             return None
-        name = self.active_adapters[0] if self.active_adapters else ""
-        return self.peml_adapter[name] if name in self.peml_adapter else None  # type: ignore[return-value]  # noqa: SIM401
+        names = self.active_adapters
+        # Past the module's attribute look-up, which is slow and asked for several times in every call.
+        adapters: Any = self._modules["peml_adapter"]
+        return adapters._modules.get(names[0]) if names else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`W x + b` plus the update of each row's task."""
@@ -240,7 +243,9 @@ class Siblings:
             if not handed[2]:
                 del forward.handed[self]
             return output
-        if layer is not self.layers[0] or not all(stands_alone(other) for other in self.layers):
+        if layer is not self.layers[0]:
+            return None
+        if not (forward.knows(self.layers) or all(stands_alone(other) for other in self.layers)):
             return None
         outputs = dict(zip(self.layers, _together(self.layers, x, forward), strict=True))
         own = outputs.pop(layer)
@@ -282,33 +287,47 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _together(layers: Sequence[BankLinear], x: Tensor, forward: Forward | None) -> list[Tensor]:
+def _together(layers: tuple[BankLinear, ...], x: Tensor, forward: Forward | None) -> list[Tensor]:
     """Outputs of layers with an active adapter on one input."""
     dtype, device = compute_dtype(x), x.device.type
-    adapters = [layer.active() for layer in layers]
-    with torch.autocast(device, enabled=False):
-        branches = [
-            layer.branch(adapter, x, dtype, forward)
-            for layer, adapter in zip(layers, adapters, strict=True)
-            if adapter is not None
-        ]
-        dropout = max(a.lora_dropout for a in adapters if a is not None) if layers[0].training else 0.0
+    if forward is not None and forward.knows(layers):
+        prepared = forward.prepared[layers]  # type: ignore[index]
+        if prepared.down.dtype == dtype:
+            return run(prepared, x.to(dtype))[0]
+    adapters = [adapter for layer in layers if (adapter := layer.active()) is not None]
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        branches = [layer.branch(a, x, dtype, forward) for layer, a in zip(layers, adapters, strict=True)]
+        dropout = max(a.lora_dropout for a in adapters) if layers[0].training else 0.0
         *outputs, hidden = low_rank(x.to(dtype), branches, dropout)
         if forward is not None and forward.losses is not None and torch.is_grad_enabled():
             features = torch.split(hidden, [branch.down.shape[0] for branch in branches], dim=-1)
             forward.losses.extend(_feature_losses(adapters, features, forward))
+    if (
+        forward is not None
+        and forward.prepared is not None
+        and not dropout
+        and _lasting(branches, adapters[0], forward)
+    ):
+        forward.prepared[layers] = prepare(branches, dtype)
     return [
         y if branch.weight is not None else _add(layer.base_layer(x), y)
         for layer, branch, y in zip(layers, branches, outputs, strict=True)
     ]
 
 
-def _feature_losses(adapters: Sequence[Adapter | None], features: Sequence[Tensor], forward: Forward) -> list[Tensor]:
+def _lasting(branches: Sequence[Branch], adapter: Adapter, forward: Forward) -> bool:
+    """Whether what was computed for this input holds for the next one of the same `generate`."""
+    per_token = forward.route is not None and forward.route.per_token
+    whole = all(branch.weight is not None for branch in branches)
+    return whole and not per_token and not adapter.reads_input and not torch.is_grad_enabled()
+
+
+def _feature_losses(adapters: Sequence[Adapter], features: Sequence[Tensor], forward: Forward) -> list[Tensor]:
     """The losses that adapters put on their features `down x`."""
     losses = (
         adapter.feature_loss(hidden, forward.route, forward.mask)
         for adapter, hidden in zip(adapters, features, strict=True)
-        if adapter is not None and forward.route is not None
+        if forward.route is not None
     )
     return [loss for loss in losses if loss is not None]
 

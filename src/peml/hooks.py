@@ -76,7 +76,7 @@ class ForwardHooks:
         """The model's `generate` with `tasks=`: all its steps share one prefix, computed without gradients."""
         with torch.no_grad():
             forward = self.opener.open_forward(tasks, self._rows(args, kwargs))
-        with routing.opened(replace(forward, prefix=forward.prefix or {})):
+        with routing.opened(replace(forward, prefix=forward.prefix or {}, prepared={})):
             return self.original_generate(*args, **kwargs)
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -64,7 +64,8 @@ def low_rank(x: Tensor, branches: Sequence[Branch], dropout: float = 0.0) -> lis
     plan, tensors = _Plan.of(branches, dropout), [t for b in branches for t in b[:5]]
     if torch.is_grad_enabled():
         return list(_LowRank.apply(plan, x, *tensors))  # type: ignore[no-untyped-call]
-    return _forward(plan, x, tensors)[0]
+    outputs, _, hidden = run(_prepare(plan.diagonal, tensors, x.dtype), x, plan)
+    return [*outputs, _shaped(hidden, x)]
 
 
 def swiglu(x: Tensor, gate: Branch, up: Branch, down: Branch, dropout: Sequence[float] = (0.0, 0.0)) -> Tensor:
@@ -84,6 +85,17 @@ def swiglu(x: Tensor, gate: Branch, up: Branch, down: Branch, dropout: Sequence[
     return _SwiGLU.apply(*plans, x, *gate[:5], *up[:5], *down[:5])  # type: ignore[no-any-return,no-untyped-call]
 
 
+class Prepared(NamedTuple):
+    """Branches as `run` takes them: for each weight, bias, R, and core and `up` as `_fold` leaves them.
+
+    Shapes:
+        down: of all branches, `[sum of R, I]`, in the dtype of the computation.
+    """
+
+    down: Tensor
+    layers: list[tuple[Tensor | None, Tensor | None, int, Tensor | None, Tensor]]
+
+
 class _Plan(NamedTuple):
     diagonal: tuple[bool, ...]
     dropout: float
@@ -94,19 +106,13 @@ class _Plan(NamedTuple):
         return cls(tuple(b.diagonal for b in branches), dropout, int(torch.randint(2**62, ())) if dropout else 0)
 
 
-class _Folded(NamedTuple):
-    """A branch's core and `up` in the dtype of the computation; no core where all rows share it."""
-
-    core: Tensor | None
-    up: Tensor
-
-
-def _fold(core: Tensor, up: Tensor, diagonal: bool, dtype: torch.dtype) -> _Folded:
+def _fold(core: Tensor, up: Tensor, diagonal: bool, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """Core and `up` in the dtype of the computation; no core where all rows share it: `up` then holds it."""
     own = 1 if diagonal else 2
     if core.ndim > own:
-        return _Folded(core.reshape(-1, *core.shape[-own:]).to(dtype), up.to(dtype))
+        return core.reshape(-1, *core.shape[-own:]).to(dtype), up.to(dtype)
     folded = core[:, None] * up if diagonal else core.T.to(up.dtype) @ up
-    return _Folded(None, folded.to(dtype))
+    return None, folded.to(dtype)
 
 
 def _mix(core: Tensor | None, hidden: Tensor) -> Tensor:
@@ -133,41 +139,54 @@ def _down(downs: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return (downs[0] if len(downs) == 1 else torch.cat([d.detach() for d in downs])).to(dtype)
 
 
-def _forward(plan: _Plan, x: Tensor, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Outputs and H; the rows; H as a matrix."""
+def prepare(branches: Sequence[Branch], dtype: torch.dtype) -> Prepared:
+    """What stays the same from call to call without gradients: casts, folded cores, `down` of all branches in one."""
+    return _prepare([b.diagonal for b in branches], [t for b in branches for t in b[:5]], dtype)
+
+
+def _prepare(diagonal: Sequence[bool], tensors: Sequence[Any], dtype: torch.dtype) -> Prepared:
+    layers = []
+    for i, own in enumerate(diagonal):
+        weight, bias, down, up, core = tensors[5 * i : 5 * i + 5]
+        layers.append((weight, bias, down.shape[0], *_fold(core, up, own, dtype)))
+    return Prepared(_down(tensors[2::5], dtype), layers)
+
+
+def run(prepared: Prepared, x: Tensor, plan: _Plan | None = None) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Outputs; the rows of x; H as a matrix."""
     rows = x.reshape(-1, x.shape[-1])
-    down = _down([t for t in tensors[2::5] if t is not None], x.dtype)
-    if plan.dropout:
+    if plan is not None and plan.dropout:
         kept, probability = _kept(plan, rows)
-        hidden = (rows * kept) @ down.T / probability
+        hidden = (rows * kept) @ prepared.down.T / probability
     else:
-        hidden = rows @ down.T
+        hidden = rows @ prepared.down.T
     outputs, start = [], 0
-    for i, diagonal in enumerate(plan.diagonal):
-        weight, bias, own_down, up, core = tensors[5 * i : 5 * i + 5]
-        assert own_down is not None and up is not None and core is not None
-        folded = _fold(core, up, diagonal, x.dtype)
-        mixed = _mix(folded.core, hidden[:, start : start + own_down.shape[0]])
-        start += own_down.shape[0]
+    for weight, bias, size, core, up in prepared.layers:
+        mixed = _mix(core, hidden if len(prepared.layers) == 1 else hidden[:, start : start + size])
+        start += size
         if weight is None:
-            y = mixed @ folded.up
+            y = mixed @ up
         else:
             y = F.linear(rows, weight, bias)
-            y.addmm_(mixed, folded.up)
-        # Not a view: those of a function with several outputs may not be changed in place by who gets them.
-        outputs.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]]))
-    outputs.append(torch.ops.aten._unsafe_view(hidden, [*x.shape[:-1], hidden.shape[1]]))
+            y.addmm_(mixed, up)
+        outputs.append(_shaped(y, x))
     return outputs, rows, hidden
+
+
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    # Not a view: those of a function with several outputs may not be changed in place by who gets them.
+    return y if x.ndim == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
 
 
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        outputs, rows, _ = _forward(plan, x, tensors)
-        ctx.save_for_backward(rows, outputs[-1], *tensors)
+        outputs, rows, hidden = run(_prepare(plan.diagonal, tensors, x.dtype), x, plan)
+        features = _shaped(hidden, x)
+        ctx.save_for_backward(rows, features, *tensors)
         ctx.plan, ctx.x_shape = plan, x.shape
         ctx.set_materialize_grads(False)
-        return tuple(outputs)
+        return *outputs, features
 
     @staticmethod
     @once_differentiable
@@ -181,8 +200,8 @@ class _LowRank(torch.autograd.Function):
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, into: _Plan, out: _Plan, x: Tensor, *tensors: Tensor | None) -> Tensor:
-        (gate, up, _), rows, hidden = _forward(into, x, tensors[:10])
-        (y, _), _, hidden_out = _forward(out, F.silu(gate) * up, tensors[10:])
+        (gate, up), rows, hidden = run(_prepare(into.diagonal, tensors[:10], x.dtype), x, into)
+        (y,), _, hidden_out = run(_prepare(out.diagonal, tensors[10:], x.dtype), F.silu(gate) * up, out)
         ctx.save_for_backward(rows, gate, up, hidden, hidden_out, *tensors)
         ctx.plans, ctx.x_shape = (into, out), x.shape
         return y
@@ -225,7 +244,7 @@ def _backward(
             continue
         dy = grad.reshape(rows.shape[0], -1)
         grad_h[:, own], found[5 * i + 3], found[5 * i + 4] = _backward_of_branch(
-            _fold(core, up, diagonal, rows.dtype), up, core, hidden[:, own], dy, diagonal, needed[5 * i + 3 :]
+            *_fold(core, up, diagonal, rows.dtype), up, core, hidden[:, own], dy, diagonal, needed[5 * i + 3 :]
         )
         if weight is not None and need_x:
             grad_x = dy @ weight if grad_x is None else grad_x.addmm_(dy, weight)
@@ -251,12 +270,19 @@ def _backward(
 
 
 def _backward_of_branch(
-    folded: _Folded, up: Tensor, core: Tensor, hidden: Tensor, dy: Tensor, diagonal: bool, needed: Sequence[bool]
+    cast_core: Tensor | None,
+    cast_up: Tensor,
+    up: Tensor,
+    core: Tensor,
+    hidden: Tensor,
+    dy: Tensor,
+    diagonal: bool,
+    needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """G_H, d_up and dC of one branch."""
     need_up, need_core = needed[:2]
-    grad_m = dy @ folded.up.T
-    if folded.core is None:
+    grad_m = dy @ cast_up.T
+    if cast_core is None:
         # `up` was folded with the core: both gradients follow from that of the product, at the size of a parameter.
         if not (need_up or need_core):
             return grad_m, None, None
@@ -265,10 +291,10 @@ def _backward_of_branch(
         if not need_core:
             return grad_m, grad_up, None
         return grad_m, grad_up, ((up * product).sum(1) if diagonal else up @ product.T).to(core.dtype)
-    grad_up = (_mix(folded.core, hidden).T @ dy).to(up.dtype) if need_up else None
+    grad_up = (_mix(cast_core, hidden).T @ dy).to(up.dtype) if need_up else None
     grad_core = None
     if need_core:
-        runs_m, runs_h = (t.view(folded.core.shape[0], -1, t.shape[1]) for t in (grad_m, hidden))
+        runs_m, runs_h = (t.view(cast_core.shape[0], -1, t.shape[1]) for t in (grad_m, hidden))
         grad_core = (runs_m * runs_h).sum(1) if diagonal else torch.bmm(runs_m.transpose(1, 2), runs_h)
         grad_core = grad_core.view(core.shape).to(core.dtype)
-    return _mix(folded.core if diagonal else folded.core.transpose(1, 2), grad_m), grad_up, grad_core
+    return _mix(cast_core if diagonal else cast_core.transpose(1, 2), grad_m), grad_up, grad_core

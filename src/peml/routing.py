@@ -133,6 +133,7 @@ class Forward:
         mask: which tokens of the batch are no padding, `[B, S]`; None: all, or not known.
         losses: where layers put losses on their features; None if the adapter has none, or does not train.
         handed: outputs that a layer has computed for its siblings, by group: input, its version, output by layer.
+        prepared: what layers keep from step to step of a `generate`, whose weights and tasks stay; None: nothing.
         entered: opened by a hook as the batch entered, not by a `with` block around the call.
         before: what was open around it.
     """
@@ -146,8 +147,13 @@ class Forward:
     mask: Tensor | None = None
     losses: list[Tensor] | None = None
     handed: dict[Any, tuple[Tensor, int, dict[Any, Tensor]]] = field(default_factory=dict)
+    prepared: dict[Any, Any] | None = None
     entered: bool = False
     before: Forward | None = None
+
+    def knows(self, layers: Any) -> bool:
+        """Whether these layers have kept something that holds now: not where gradients are wanted after all."""
+        return self.prepared is not None and layers in self.prepared and not torch.is_grad_enabled()
 
 
 _CURRENT: ContextVar[Forward | None] = ContextVar("peml_forward", default=None)
