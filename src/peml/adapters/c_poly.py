@@ -9,18 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peml.adapters.base import (
-    Adapter,
-    AdapterConfig,
-    common_and_specific,
-    expert_diagonal,
-    expert_rows,
-    in_full,
-    kaiming,
-    positive,
-    probability,
-    skill_weights,
-)
+from peml.adapters.base import Adapter, AdapterConfig, kaiming
+from peml.adapters.experts import expert_diagonal, expert_rows, in_full, skill_weights
+from peml.adapters.settings import common_and_specific, positive, probability
 from peml.routing import Route
 
 

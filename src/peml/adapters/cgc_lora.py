@@ -9,20 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from peml.adapters.base import (
-    Adapter,
-    AdapterConfig,
-    common_and_specific,
-    divisible,
-    expert_diagonal,
-    expert_rows,
-    gate_logits,
-    in_full,
-    kaiming,
-    one_of,
-    positive,
-    probability,
-)
+from peml.adapters.base import Adapter, AdapterConfig, kaiming
+from peml.adapters.experts import expert_diagonal, expert_rows, gate_logits, in_full
+from peml.adapters.settings import common_and_specific, divisible, one_of, positive, probability
 from peml.routing import Route
 
 

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peml.adapters.base import Adapter, AdapterConfig, in_full, kaiming, positive, probability
+from peml.adapters.base import Adapter, AdapterConfig, kaiming
+from peml.adapters.experts import in_full
+from peml.adapters.settings import positive, probability
 from peml.errors import PemlError
 from peml.routing import Route
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from peml.adapters.align import divergence
-from peml.adapters.base import Adapter, AdapterConfig, kaiming, positive, probability
+from peml.adapters.base import Adapter, AdapterConfig, kaiming
+from peml.adapters.settings import positive, probability
 from peml.errors import PemlError
 from peml.routing import Route
 

@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peml.adapters.base import Adapter, AdapterConfig, divisible, gate_logits, kaiming, positive, probability
+from peml.adapters.base import Adapter, AdapterConfig, kaiming
+from peml.adapters.experts import gate_logits
+from peml.adapters.settings import divisible, positive, probability
 from peml.routing import Route
 
 

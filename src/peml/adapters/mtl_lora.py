@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from peml.adapters.base import Adapter, AdapterConfig, kaiming, one_of, positive, probability
+from peml.adapters.base import Adapter, AdapterConfig, kaiming
+from peml.adapters.settings import one_of, positive, probability
 from peml.routing import Route
 
 

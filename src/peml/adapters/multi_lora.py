@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peml.adapters.base import Adapter, AdapterConfig, kaiming, positive, probability
+from peml.adapters.base import Adapter, AdapterConfig, kaiming
+from peml.adapters.settings import positive, probability
 from peml.routing import Route
 
 

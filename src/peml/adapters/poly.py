@@ -10,17 +10,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from peml.adapters.base import (
-    Adapter,
-    AdapterConfig,
-    in_full,
-    kaiming,
-    one_hot,
-    one_of,
-    positive,
-    probability,
-    skill_weights,
-)
+from peml.adapters.base import Adapter, AdapterConfig, kaiming
+from peml.adapters.experts import in_full, one_hot, skill_weights
+from peml.adapters.settings import one_of, positive, probability
 from peml.errors import PemlError
 from peml.routing import Route
 

@@ -10,7 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peml.adapters.base import Adapter, AdapterConfig, kaiming, one_hot, positive, probability
+from peml.adapters.base import Adapter, AdapterConfig, kaiming
+from peml.adapters.experts import one_hot
+from peml.adapters.settings import positive, probability
 from peml.routing import Route
 
 
