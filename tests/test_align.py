@@ -1,5 +1,7 @@
 """Align-LoRA's loss against its formulas, and its way into training."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -93,11 +95,13 @@ def test_equal_features_have_no_distance_and_order_does_not_matter(kind: str, pe
 
 @pytest.mark.parametrize("kind", NAIVE)
 def test_too_few_samples_are_no_loss_not_nan(kind: str) -> None:
-    z = features()
-    assert divergence(z, Route.of("rte", TASKS), None, kind, False) is None
-    assert divergence(z[:2], Route.of([0, 1], TASKS), None, kind, True) is None
+    z = features().requires_grad_()
     one_token = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
-    assert divergence(z[:2], Route.of([0, 1], TASKS), one_token, kind, False) is None
+    for tasks, mask, per_position in (("rte", None, False), ([0, 1], None, True), ([0, 1], one_token, False)):
+        loss = divergence(z[:2], Route.of(tasks, TASKS), mask, kind, per_position)
+        assert loss == 0
+        (gradient,) = torch.autograd.grad(loss, z)
+        assert not gradient.any()
     packed = Route.of([[0, 0, 1, 1], [2, 2, 1, 1]], TASKS)
     assert divergence(z[:2], packed, None, kind, False).isfinite()
     assert divergence(z.half() * 300, Route.of(IDS, TASKS), None, kind, False).isfinite()
@@ -174,3 +178,49 @@ def test_it_is_a_plain_lora_without_training() -> None:
     torch.manual_seed(0)
     plain = adapt(tiny(), peml.LoRA(r=3))
     assert torch.equal(plain(input_ids=batch).logits, logits)
+
+
+def test_a_model_can_be_copied_after_a_step_and_used_without_its_adapter() -> None:
+    model, batch = aligned(), tokens(4)
+    model(input_ids=batch, tasks=["rte", "cola"] * 2)
+    twin = copy.deepcopy(model)
+    assert twin.base_model.penalties() == {} and model.base_model.penalties()
+    with model.disable_adapter():
+        model(input_ids=batch)
+    model.merge_adapter()
+    model(input_ids=batch)
+    assert model.base_model.penalties() == {}
+
+
+class Detr(torch.nn.Module):
+    """Queries and keys read one input, values another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(self, name, torch.nn.Linear(7, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x) + self.k_proj(x) + self.v_proj(2 * x)
+
+
+def test_features_are_counted_once_and_of_the_input_that_was_read() -> None:
+    model = adapt(Detr().double(), peml.LoRA(r=2, align="kl"), target_modules="all-linear").train()
+    x = torch.randn(6, 4, 7).double()
+    route = Route.of(IDS, TASKS)
+    model(x, tasks=[TASKS[i] for i in IDS])
+    found = [float(loss.detach()) for loss in model.base_model._feature_losses]
+    layers = [getattr(model.base_model.model, name).peml_adapter["default"] for name in ("q_proj", "k_proj", "v_proj")]
+    inputs = (x, x, 2 * x)
+    wanted = [
+        float(divergence((i @ a.down.T).detach(), route, None, "kl", False))
+        for a, i in zip(layers, inputs, strict=True)
+    ]
+    assert found == pytest.approx(wanted)
+
+
+def test_a_mask_of_another_shape_is_left_out() -> None:
+    z, route = features(), Route.of(IDS, TASKS)
+    other = torch.zeros(6, 9)
+    assert torch.equal(divergence(z, route, other, "kl", False), divergence(z, route, None, "kl", False))
+    assert divergence(z[:, 0], route, torch.ones(6, 4), "kl", False).isfinite()

@@ -214,9 +214,9 @@ def saved_bytes(function) -> int:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_only_x_and_its_features_are_kept(dropout: float) -> None:
-    """Whatever the number of layers, and with dropout nothing more."""
+    """Whatever the number of layers, and with dropout no mask."""
     x = torch.randn(2, 50, 7).double().requires_grad_()
     group = [branch((2,), False), branch((), True), branch((2,), True)]
     own = sum(t.untyped_storage().nbytes() for b in group for t in b[:5] if t is not None)
     kept = saved_bytes(lambda: low_rank(x, group, dropout)) - own
-    assert kept == 8 * 100 * (7 + 3 * 3)
+    assert kept == 8 * 100 * (7 + 3 * 3) + (8 if dropout else 0)  # a seed

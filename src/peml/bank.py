@@ -105,11 +105,16 @@ class BankLinear(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x)  # type: ignore[no-any-return]
         forward = routing.current()
-        if self.siblings is not None and forward is not None:
+        if forward is None and torch._C._current_graph_task_id() != -1:
+            raise PemlError(
+                f"{self.label} is recomputed in backward by a checkpoint that the model does not know, so its task is "
+                "lost: use model.activation_checkpointing_enable(), or torch's checkpoint_wrapper"
+            )
+        if self.siblings is not None and forward is not None and forward.entered:
             handed = self.siblings.output(self, x, forward)
             if handed is not None:
                 return handed
-        return _together((self,), x, forward)[0]
+        return _hand_over(self, _together((self,), x, forward)[0], forward)
 
     def branch(self, adapter: Adapter, x: Tensor, dtype: torch.dtype, forward: Forward | None) -> Branch:
         """What the kernel computes for this layer."""
@@ -142,8 +147,11 @@ class BankLinear(nn.Module, BaseTunerLayer):
             names = self.task_names[self.active_adapters[0]]
             raise PemlError(f"this adapter is routed by task: pass tasks= with one of {', '.join(names)} per row")
         route, given = forward.route, forward.route.ids.shape
-        if (given[0] != 1 and x.shape[0] % given[0]) or (route.per_token and given[0] not in (1, x.shape[0])):
-            raise PemlError(f"`tasks=` has {given[0]} entries but the batch has {x.shape[0]} rows: one task per row")
+        if not forward.fits(x):
+            raise PemlError(
+                f"{self.label} cannot be routed: `tasks=` has {given[0]} entries, one per row, but its input "
+                f"{list(x.shape)} is not of those rows; leave the layer out (exclude_modules), or give one task for all"
+            )
         if route.per_token and given[1] != x.shape[1]:
             raise PemlError(f"`tasks=` has a task for {given[1]} tokens per row but rows have {x.shape[1]}")
         return route.to(x.device)
@@ -161,17 +169,25 @@ class BankLinear(nn.Module, BaseTunerLayer):
         """
         adapter: Adapter = self.peml_adapter[adapter_name]  # type: ignore[assignment]
         task = self.selected_task.get(adapter_name) if task is None else task
+        device = next(adapter.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            return adapter.fold(self._folded_route(adapter, adapter_name, task, device))
+
+    def _folded_route(
+        self, adapter: Adapter, adapter_name: str, task: int | None, device: torch.device
+    ) -> Route | None:
         if not adapter.needs_task:
-            return adapter.fold(None)
+            return None
         if task is None:
             names = self.task_names[adapter_name]
             raise PemlError(f"merging needs one task: call select_task() with one of {', '.join(names)} first")
-        return adapter.fold(Route.of_ids([task]).to(next(adapter.parameters()).device))
+        return Route.of_ids([task]).to(device)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """`up' C down` of the selected task in fp32 or better, in the orientation of the base weight."""
         down, up = self.fold(adapter_name)
-        return down.T @ up if isinstance(self.base_layer, Conv1D) else up.T @ down
+        with torch.autocast(down.device.type, enabled=False):
+            return down.T @ up if isinstance(self.base_layer, Conv1D) else up.T @ down
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -194,15 +210,16 @@ class BankLinear(nn.Module, BaseTunerLayer):
                 f"{self.label} is a {kind}, whose weight cannot take a merged update: keep the adapter apart"
             )
         weight = self.base_layer.weight
-        total: Tensor = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
-        for name in names:
+        # The old tensor is kept whole: subtracting the update again would not give it back in half precision.
+        pristine: Tensor = weight.data if self._pristine is None else self._pristine
+        total = pristine.to(torch.promote_types(weight.dtype, torch.float32))
+        for name in [*self.merged_adapters, *names]:
             total = total + self.get_delta_weight(name).to(weight.device)
         if safe_merge and not torch.isfinite(total).all():
             raise PemlError(
                 f"merging adapter {names[0]!r} into {self.label} gives NaN or infinity: nothing was changed"
             )
-        # The old tensor is kept whole: subtracting the update again would not give it back in half precision.
-        self._pristine = weight.data
+        self._pristine = pristine
         weight.data = total.to(weight.dtype)
         self.merged_adapters.extend(names)
 
@@ -215,6 +232,12 @@ class BankLinear(nn.Module, BaseTunerLayer):
         self.base_layer.weight.data = self._pristine
         self._pristine = None
         self.merged_adapters.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # What is put back later goes where the layer goes, and is cast with it.
+        if self._pristine is not None:
+            self._pristine = fn(self._pristine)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may convert this layer to plain LoRA by SVD of `get_delta_weight`."""
@@ -236,21 +259,20 @@ class Siblings:
 
     def output(self, layer: BankLinear, x: Tensor, forward: Forward) -> Tensor | None:
         """The layer's output, or None if it has to compute by itself."""
-        version = 0 if x.is_inference() else x._version
         handed = forward.handed.get(self)
-        if handed is not None and handed[0] is x and handed[1] == version and layer in handed[2]:
-            output = handed[2].pop(layer)
-            if not handed[2]:
+        if handed is not None and handed[0][0] is x and handed[0][1:] == _state(x) and layer in handed[1]:
+            output = handed[1].pop(layer)
+            if not handed[1]:
                 del forward.handed[self]
-            return output
-        if layer is not self.layers[0]:
+            return _hand_over(layer, output, forward)
+        if layer is not self.layers[0] or self in forward.apart:
             return None
         if not (forward.knows(self.layers) or all(stands_alone(other) for other in self.layers)):
             return None
         outputs = dict(zip(self.layers, _together(self.layers, x, forward), strict=True))
         own = outputs.pop(layer)
-        forward.handed[self] = (x, version, outputs)
-        return own
+        forward.handed[self] = ((x, *_state(x)), outputs)
+        return _hand_over(layer, own, forward)
 
 
 def stands_alone(layer: BankLinear) -> bool:
@@ -287,21 +309,38 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _together(layers: tuple[BankLinear, ...], x: Tensor, forward: Forward | None) -> list[Tensor]:
-    """Outputs of layers with an active adapter on one input."""
+def _state(x: Tensor) -> tuple[int, bool]:
+    """What must be the same for a result to be handed over: the content of the input, and whether gradients flow."""
+    return (0 if x.is_inference() else x._version), torch.is_grad_enabled()
+
+
+def _hand_over(layer: BankLinear, computed: tuple[Tensor, Tensor | None], forward: Forward | None) -> Tensor:
+    """A layer's output; the loss on its features is counted only now, since it was called with this input indeed."""
+    output, hidden = computed
+    if hidden is not None and forward is not None and forward.losses is not None and forward.route is not None:
+        adapter = layer.active()
+        assert adapter is not None
+        loss = adapter.feature_loss(hidden, forward.route, forward.mask)
+        if loss is not None:
+            forward.losses.append(loss)
+    return output
+
+
+def _together(layers: tuple[BankLinear, ...], x: Tensor, forward: Forward | None) -> list[tuple[Tensor, Tensor | None]]:
+    """Outputs of layers with an active adapter on one input, and their features where losses are put on these."""
     dtype, device = compute_dtype(x), x.device.type
     if forward is not None and forward.knows(layers):
         prepared = forward.prepared[layers]  # type: ignore[index]
         if prepared.down.dtype == dtype:
-            return run(prepared, x.to(dtype))[0]
+            return [(y, None) for y in run(prepared, x.to(dtype))[0]]
     adapters = [adapter for layer in layers if (adapter := layer.active()) is not None]
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         branches = [layer.branch(a, x, dtype, forward) for layer, a in zip(layers, adapters, strict=True)]
         dropout = max(a.lora_dropout for a in adapters) if layers[0].training else 0.0
         *outputs, hidden = low_rank(x.to(dtype), branches, dropout)
-        if forward is not None and forward.losses is not None and torch.is_grad_enabled():
-            features = torch.split(hidden, [branch.down.shape[0] for branch in branches], dim=-1)
-            forward.losses.extend(_feature_losses(adapters, features, forward))
+    features: Sequence[Tensor | None] = [None] * len(layers)
+    if forward is not None and forward.losses is not None and torch.is_grad_enabled():
+        features = torch.split(hidden, [branch.down.shape[0] for branch in branches], dim=-1)
     if (
         forward is not None
         and forward.prepared is not None
@@ -309,10 +348,11 @@ def _together(layers: tuple[BankLinear, ...], x: Tensor, forward: Forward | None
         and _lasting(branches, adapters[0], forward)
     ):
         forward.prepared[layers] = prepare(branches, dtype)
-    return [
+    outputs = [
         y if branch.weight is not None else _add(layer.base_layer(x), y)
         for layer, branch, y in zip(layers, branches, outputs, strict=True)
     ]
+    return list(zip(outputs, features, strict=True))
 
 
 def _lasting(branches: Sequence[Branch], adapter: Adapter, forward: Forward) -> bool:
@@ -320,16 +360,6 @@ def _lasting(branches: Sequence[Branch], adapter: Adapter, forward: Forward) -> 
     per_token = forward.route is not None and forward.route.per_token
     whole = all(branch.weight is not None for branch in branches)
     return whole and not per_token and not adapter.reads_input and not torch.is_grad_enabled()
-
-
-def _feature_losses(adapters: Sequence[Adapter], features: Sequence[Tensor], forward: Forward) -> list[Tensor]:
-    """The losses that adapters put on their features `down x`."""
-    losses = (
-        adapter.feature_loss(hidden, forward.route, forward.mask)
-        for adapter, hidden in zip(adapters, features, strict=True)
-        if forward.route is not None
-    )
-    return [loss for loss in losses if loss is not None]
 
 
 def _add(base: Tensor, update: Tensor) -> Tensor:

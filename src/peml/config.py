@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,9 @@ from peft import PeftConfig, PeftType
 from peml.adapters import ADAPTERS, AdapterConfig
 from peml.errors import PemlError
 from peml.prompts import PROMPTS, PromptConfig
+
+LARGE = 1e30
+"""No setting is as large: what is would only overflow later."""
 
 Part = TypeVar("Part", AdapterConfig, PromptConfig)
 
@@ -161,7 +163,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is typing.Literal:
         return value in options
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and -LARGE < value < LARGE
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str, type(None)):

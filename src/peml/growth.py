@@ -16,6 +16,8 @@ from peml.prompts import Prompt
 class Growing(Attached):
     """The part of a tuner that adds tasks."""
 
+    _only_tasks: bool = False
+
     def add_task(self, name: str, init: str = "identity") -> None:
         """Append a task to the active adapter; outputs of the other tasks do not change by a bit.
 
@@ -50,6 +52,9 @@ class Growing(Attached):
     def freeze_shared(self) -> None:
         """Train nothing but what belongs to single tasks: an added task then leaves the others as they are.
 
+        Their parameters get gradients of zero. They stay in place under an optimiser without weight decay that has
+        no momentum from before, as `MultiTaskTrainer` sets it up; AdamW's own default would shrink them.
+
         Raises:
             PemlError: all parameters of this adapter are shared by its tasks.
         """
@@ -59,6 +64,13 @@ class Growing(Attached):
         for part in self.parts().values():
             for parameter in part:
                 parameter.requires_grad = parameter.requires_grad and id(parameter) in own
+        self._only_tasks = True
+
+    def enable_adapter_layers(self) -> None:
+        """As PEFT's, which trains everything again; what `freeze_shared` froze stays frozen."""
+        super().enable_adapter_layers()
+        if self._only_tasks:
+            self.freeze_shared()
 
 
 def source_of(init: str, task_names: Sequence[str]) -> int | None:

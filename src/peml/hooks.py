@@ -28,6 +28,9 @@ class Opener(Protocol):
     def open_forward(self, tasks: Tasks | None, rows: int | None, mask: Tensor | None = None) -> Forward:
         """Resolve the route of a batch, and compute its cores and its prefix."""
 
+    def close_forward(self, forward: Forward) -> None:
+        """Learn from a forward that has come to its end."""
+
     def counts_positions(self) -> bool:
         """Whether the model counts positions from the left, as decoders do."""
 
@@ -58,10 +61,10 @@ class ForwardHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Take `tasks=` from the call and open its `Forward`, unless `generate` has opened one around it."""
         tasks = kwargs.pop("tasks", None)
-        forward = routing.surrounding(module, self.opener.adapter_in_force)
+        forward, rows = routing.surrounding(module, self.opener.adapter_in_force), self._rows(args, kwargs)
         if tasks is not None or forward is None or forward.prefix is None:
-            forward = self.opener.open_forward(tasks, self._rows(args, kwargs), self._mask(args, kwargs))
-        routing.enter(forward)
+            forward = self.opener.open_forward(tasks, rows, self._mask(args, kwargs))
+        routing.enter(replace(forward, rows=rows, lengths=self._lengths(args, kwargs), handed={}))
         if module.training:
             routing.bind_checkpointing(module)
         if forward.prefix:
@@ -70,6 +73,9 @@ class ForwardHooks:
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Close what `enter` opened."""
+        forward = routing.current()
+        if forward is not None and forward.model is module and output is not None:
+            self.opener.close_forward(forward)
         routing.leave(module)
 
     def generate(self, *args: Any, tasks: Tasks | None = None, **kwargs: Any) -> Any:
@@ -88,9 +94,17 @@ class ForwardHooks:
         given = (*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")))
         return next((batch.shape[0] for batch in given if isinstance(batch, Tensor) and batch.ndim > 1), None)
 
+    def _lengths(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+        """Lengths of the texts, to know their tokens again where a layer gets those of all rows in one dimension."""
+        names = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+        given = (*args[:1], *(kwargs.get(name) for name in names))
+        return tuple({batch.shape[1] for batch in given if isinstance(batch, Tensor) and batch.ndim > 1})
+
     def _mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Which tokens are no padding, `[B, S]`, where the caller says it."""
         mask = self._argument("attention_mask", args, kwargs)
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            return None  # it is the encoder's, and half of the layers read something else
         return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def _add_position_ids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

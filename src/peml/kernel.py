@@ -101,6 +101,13 @@ class _Plan(NamedTuple):
     dropout: float
     seed: int
 
+    def kept_seed(self) -> Tensor | None:
+        """The seed as a saved tensor: a checkpoint that recomputes with another draw then saves that one."""
+        return torch.tensor(self.seed, device="cpu") if self.dropout else None
+
+    def with_seed(self, seed: Tensor | None) -> _Plan:
+        return self if seed is None else self._replace(seed=int(seed))
+
     @classmethod
     def of(cls, branches: Sequence[Branch], dropout: float) -> _Plan:
         return cls(tuple(b.diagonal for b in branches), dropout, int(torch.randint(2**62, ())) if dropout else 0)
@@ -119,10 +126,15 @@ def _mix(core: Tensor | None, hidden: Tensor) -> Tensor:
     """`C H`, one core for each run of rows: `[N, R]` -> `[N, Q]`."""
     if core is None:
         return hidden
-    runs = hidden.view(core.shape[0], -1, hidden.shape[1])
+    runs = _runs(core, hidden)
     if core.ndim == 2:
         return (runs * core.unsqueeze(1)).view(hidden.shape)
-    return torch.bmm(runs, core.transpose(1, 2)).view(hidden.shape[0], -1)
+    return torch.bmm(runs, core.transpose(1, 2)).view(hidden.shape[0], core.shape[1])
+
+
+def _runs(core: Tensor, rows: Tensor) -> Tensor:
+    """The rows of each core together; sizes are spelt out, because an input without rows has no -1."""
+    return rows.view(core.shape[0], rows.shape[0] // max(core.shape[0], 1), rows.shape[1])
 
 
 def _kept(plan: _Plan, rows: Tensor) -> tuple[Tensor, float]:
@@ -183,7 +195,7 @@ class _LowRank(torch.autograd.Function):
     def forward(ctx: Any, plan: _Plan, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         outputs, rows, hidden = run(_prepare(plan.diagonal, tensors, x.dtype), x, plan)
         features = _shaped(hidden, x)
-        ctx.save_for_backward(rows, features, *tensors)
+        ctx.save_for_backward(rows, features, plan.kept_seed(), *tensors)
         ctx.plan, ctx.x_shape = plan, x.shape
         ctx.set_materialize_grads(False)
         return *outputs, features
@@ -191,9 +203,9 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows, hidden, *tensors = ctx.saved_tensors
-        hidden = hidden.view(rows.shape[0], -1)
-        grad_x, found = _backward(ctx.plan, rows, hidden, tensors, grads, ctx.needs_input_grad[1:])
+        rows, hidden, seed, *tensors = ctx.saved_tensors
+        hidden = hidden.view(-1, hidden.shape[-1])
+        grad_x, found = _backward(ctx.plan.with_seed(seed), rows, hidden, tensors, grads, ctx.needs_input_grad[1:])
         return None, None if grad_x is None else grad_x.view(ctx.x_shape), *found
 
 
@@ -202,16 +214,18 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, into: _Plan, out: _Plan, x: Tensor, *tensors: Tensor | None) -> Tensor:
         (gate, up), rows, hidden = run(_prepare(into.diagonal, tensors[:10], x.dtype), x, into)
         (y,), _, hidden_out = run(_prepare(out.diagonal, tensors[10:], x.dtype), F.silu(gate) * up, out)
-        ctx.save_for_backward(rows, gate, up, hidden, hidden_out, *tensors)
+        seeds = into.kept_seed(), out.kept_seed()
+        ctx.save_for_backward(rows, gate, up, hidden, hidden_out, *seeds, *tensors)
         ctx.plans, ctx.x_shape = (into, out), x.shape
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gate, up, hidden, hidden_out, *tensors = ctx.saved_tensors
-        (into, out), needed = ctx.plans, ctx.needs_input_grad[2:]
-        gate, up = (t.view(rows.shape[0], -1) for t in (gate, up))
+        rows, gate, up, hidden, hidden_out, seed_in, seed_out, *tensors = ctx.saved_tensors
+        into, out = ctx.plans[0].with_seed(seed_in), ctx.plans[1].with_seed(seed_out)
+        needed = ctx.needs_input_grad[2:]
+        gate, up = (t.view(-1, t.shape[-1]) for t in (gate, up))
         active = F.silu(gate)
         middle, found_out = _backward(out, active * up, hidden_out, tensors[10:], (grad, None), (True, *needed[11:]))
         assert middle is not None
@@ -242,7 +256,7 @@ def _backward(
         grad = grads[i]
         if grad is None:
             continue
-        dy = grad.reshape(rows.shape[0], -1)
+        dy = grad.reshape(-1, grad.shape[-1])
         grad_h[:, own], found[5 * i + 3], found[5 * i + 4] = _backward_of_branch(
             *_fold(core, up, diagonal, rows.dtype), up, core, hidden[:, own], dy, diagonal, needed[5 * i + 3 :]
         )
@@ -294,7 +308,7 @@ def _backward_of_branch(
     grad_up = (_mix(cast_core, hidden).T @ dy).to(up.dtype) if need_up else None
     grad_core = None
     if need_core:
-        runs_m, runs_h = (t.view(cast_core.shape[0], -1, t.shape[1]) for t in (grad_m, hidden))
+        runs_m, runs_h = _runs(cast_core, grad_m), _runs(cast_core, hidden)
         grad_core = (runs_m * runs_h).sum(1) if diagonal else torch.bmm(runs_m.transpose(1, 2), runs_h)
         grad_core = grad_core.view(core.shape).to(core.dtype)
     return _mix(cast_core if diagonal else cast_core.transpose(1, 2), grad_m), grad_up, grad_core

@@ -67,6 +67,7 @@ class Merging(Attached):
         """Fold the selected task's low-rank update into the weights; a prefix stays as it is."""
         self._check_selected()
         merged = [bank for bank in self._banks() if bank.merged]
+        self._check_own_weights()
         try:
             super().merge_adapter(*args, **kwargs)
         except BaseException:
@@ -75,6 +76,15 @@ class Merging(Attached):
                 if bank.merged and bank not in merged:
                     bank.unmerge()
             raise
+
+    def _check_own_weights(self) -> None:
+        """Refuse layers that share one weight: it cannot take the updates of both."""
+        owners: dict[int, str] = {}
+        for bank in self._banks():
+            weight = getattr(bank.base_layer, "weight", None)
+            if isinstance(weight, Tensor) and owners.setdefault(weight.data_ptr(), bank.label) != bank.label:
+                other = owners[weight.data_ptr()]
+                raise PemlError(f"{bank.label} and {other} share one weight, which cannot take the updates of both")
 
     def _check_selected(self) -> None:
         config = self._active_config()

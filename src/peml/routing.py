@@ -130,9 +130,12 @@ class Forward:
         model: the base model that it is for: a model called inside another one's block must not take its route.
         adapter: the PEFT adapter whose task names gave the route its ids.
         cores: cores computed ahead, for all layers at once, by adapter module.
+        rows: of the batch that entered, beams included, and `lengths` of its texts; None and empty: not known.
+        lengths: see rows.
+        apart: groups of siblings that turned out not to read one input: each layer computes by itself.
         mask: which tokens of the batch are no padding, `[B, S]`; None: all, or not known.
         losses: where layers put losses on their features; None if the adapter has none, or does not train.
-        handed: outputs that a layer has computed for its siblings, by group: input, its version, output by layer.
+        handed: outputs that a layer has computed for its siblings, by group: what was read, output by layer.
         prepared: what layers keep from step to step of a `generate`, whose weights and tasks stay; None: nothing.
         entered: opened by a hook as the batch entered, not by a `with` block around the call.
         before: what was open around it.
@@ -144,12 +147,28 @@ class Forward:
     model: nn.Module | None = None
     adapter: str | None = None
     cores: Mapping[nn.Module, Tensor] = field(default_factory=dict)
+    rows: int | None = None
+    lengths: tuple[int, ...] = ()
+    apart: frozenset[Any] = frozenset()
     mask: Tensor | None = None
     losses: list[Tensor] | None = None
-    handed: dict[Any, tuple[Tensor, int, dict[Any, Tensor]]] = field(default_factory=dict)
+    handed: dict[Any, tuple[Any, dict[Any, Any]]] = field(default_factory=dict)
     prepared: dict[Any, Any] | None = None
     entered: bool = False
     before: Forward | None = None
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether the first dimension of a layer's input is the rows that the route tells apart; never guessed.
+
+        Layers that see tokens picked from several rows, or put another dimension first, cannot be routed by row.
+        """
+        assert self.route is not None
+        given, first = self.route.ids.shape[0], x.shape[0]
+        if given in (1, first):
+            return True
+        if self.route.per_token or self.rows is None or self.rows % given:
+            return False
+        return first == self.rows or (x.ndim == 2 and first in [self.rows * length for length in self.lengths])
 
     def knows(self, layers: Any) -> bool:
         """Whether these layers have kept something that holds now: not where gradients are wanted after all."""
@@ -205,9 +224,11 @@ def bind_checkpointing(model: nn.Module) -> None:
     Idempotent and cheap: called at the start of each forward, because enabling checkpointing replaces the functions.
     """
     for module in model.modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if function is not None and not isinstance(function, _Bound):
-            module.__dict__["_gradient_checkpointing_func"] = _Bound(function)
+        # Of transformers, and of torch's CheckpointWrapper, which accelerate uses under FSDP.
+        for name in ("_gradient_checkpointing_func", "checkpoint_fn"):
+            function = module.__dict__.get(name)
+            if callable(function) and not isinstance(function, _Bound):
+                module.__dict__[name] = _Bound(function)
 
 
 class _Bound:

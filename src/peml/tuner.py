@@ -30,6 +30,9 @@ from peml.mlp import fuse_mlps
 from peml.prompts import PrefixGenerator
 from peml.routing import Forward, Route, Tasks
 
+HEADS_OF_PEFT = ("classifier", "score", "qa_outputs")
+"""What PEFT adds to `modules_to_save` for a `task_type`, whether or not the model calls its head so."""
+
 
 class PemlModel(Merging, Growing):
     """A model with PEML adapters; made by `peft.get_peft_model(model, PemlConfig(...))`.
@@ -45,6 +48,7 @@ class PemlModel(Merging, Growing):
         self._selected: dict[str, int] = {}
         self._bank_layers: list[BankLinear] | None = None
         self._feature_losses: list[Tensor] | None = None
+        self._apart: frozenset[Any] = frozenset()
         super().__init__(*args, **kwargs)
         self._install_hooks()
 
@@ -61,7 +65,9 @@ class PemlModel(Merging, Growing):
         """Add the adapter's banks and its prompt; PEFT calls this for the first adapter and for later ones."""
         config = self.peft_config[adapter_name]
         for wanted in config.modules_to_save or ():
-            if not any(name == wanted or name.endswith(f".{wanted}") for name, _ in model.named_modules()):
+            if wanted not in HEADS_OF_PEFT and not any(
+                name == wanted or name.endswith(f".{wanted}") for name, _ in model.named_modules()
+            ):
                 raise PemlError(f"modules_to_save names {wanted!r}, which this model has not")
         if config.adapter is None:
             config.target_modules = DUMMY_TARGET_MODULES
@@ -126,6 +132,11 @@ class PemlModel(Merging, Growing):
         else:
             raise PemlError(f"target_modules matches {current_key}, a {type(target).__name__}: only linear layers fit")
         assert peft_config.adapter is not None
+        if peft_config.adapter.needs_task and ".experts." in f".{current_key}.":
+            raise PemlError(
+                f"{current_key} is an expert, which gets tokens picked from several rows: an adapter that differs by "
+                f'task cannot follow them. Leave experts out with exclude_modules=r".*\\.experts\\..*"'
+            )
         adapter = peft_config.adapter.build(layer.in_features, layer.out_features, len(peft_config.task_names))
         weight = layer.base_layer.weight
         if weight.device.type != "meta" and next(adapter.parameters()).device.type != "meta":
@@ -236,6 +247,7 @@ class PemlModel(Merging, Growing):
             cores=cores_ahead([a for bank in self._banks() if (a := bank.active()) is not None], route),
             mask=mask,
             losses=self._open_losses(route),
+            apart=self._apart,
         )
         if prompt is None:
             return forward
@@ -246,11 +258,24 @@ class PemlModel(Merging, Growing):
         prefix = {slot: layer for slot, layer in enumerate(layers) if layer is not None}
         return replace(forward, prefix=prefix, generated=prompt.generated)
 
+    def close_forward(self, forward: Forward) -> None:
+        """Groups of which a layer was called with another input than the first, or before it, are groups no more.
+
+        From the next forward on: this one may still be computed again by gradient checkpointing, in the same way.
+        """
+        self._apart |= set(forward.handed)
+        forward.handed.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the losses of the last forward: their graph cannot be copied."""
+        return self.__dict__ | {"_feature_losses": None}
+
     def _open_losses(self, route: Route | None) -> list[Tensor] | None:
         """The list that layers put losses on their features into, if this forward wants any."""
         config = self.config_in_force
         adapter = None if config is None else config.adapter
         wanted = adapter is not None and adapter.feature_loss_weight > 0 and self.training and torch.is_grad_enabled()
+        wanted = wanted and any(bank.active() for bank in self._banks())
         self._feature_losses = [] if wanted else None
         if wanted and route is None:
             raise PemlError("training with adapter.align compares tasks: pass tasks= with one task per row")

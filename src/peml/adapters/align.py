@@ -14,63 +14,75 @@ Letters: `B` rows, `S` tokens, `R` features, `G` tasks present, `n_t` samples of
 
 from __future__ import annotations
 
-from itertools import combinations
-
 import torch
 from torch import Tensor
 
+from peml.adapters.experts import in_full, one_hot
 from peml.routing import Route
 
 EPS = 1e-8
 BANDWIDTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1, 5, 10, 15, 20, 25, 30, 35, 100, 1e3, 1e4, 1e5, 1e6)
-MMD_SAMPLES = 64
+MMD_SAMPLES = 32
 """Of each task, evenly spread: pairs grow with the square, in every layer. Our choice."""
 
 
-def divergence(hidden: Tensor, route: Route, mask: Tensor | None, kind: str, per_position: bool) -> Tensor | None:
-    """Mean of D over pairs of tasks; None where fewer than two tasks have two samples.
+def divergence(hidden: Tensor, route: Route, mask: Tensor | None, kind: str, per_position: bool) -> Tensor:
+    """Mean of D over pairs of tasks that have two samples each; 0 where there is no such pair.
 
     Args:
         hidden: z, `[B, S, R]`, or `[B, R]`.
         route: tasks of the rows or tokens.
-        mask: which tokens count, `[B, S]`; None: all.
+        mask: which tokens count, `[B, S]`; None, or of another shape than the features: all.
         kind: "kl" or "mmd".
         per_position: compare rows position by position, as the released code does; the mask is not used.
     """
-    hidden = hidden.unsqueeze(1) if hidden.ndim == 2 else hidden
-    # Log-ratios of variances and kernels of many bandwidths do not live in half precision.
-    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    hidden = in_full(hidden.unsqueeze(1) if hidden.ndim == 2 else hidden)
     rows, length, _ = hidden.shape
+    groups = one_hot(route.groups(rows, hidden.device), len(route.present), hidden.dtype)
     if per_position:
-        ids = route.groups(rows, hidden.device)
-        groups = [hidden[ids == g].transpose(0, 1) for g in range(len(route.present))]
+        samples = hidden.transpose(0, 1)  # [S, B, R]
+        member = (groups if not route.per_token else groups[:, 0]).expand(rows, -1)
     else:
-        ids = route.groups(rows, hidden.device)
-        ids = (ids if route.per_token else ids[:, None]).expand(rows, length)
-        counted = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
-        groups = [hidden[(ids == g) & counted].unsqueeze(0) for g in range(len(route.present))]
-    groups = [z for z in groups if z.shape[1] > 1]
-    if len(groups) < 2:
-        return None
-    measure = _kl if kind == "kl" else _mmd
-    return torch.stack([measure(a, b) for a, b in combinations(groups, 2)]).mean()
+        samples = hidden.reshape(1, rows * length, -1)
+        member = (groups if route.per_token else groups[:, None]).expand(rows, length, -1)
+        if mask is not None and mask.shape == (rows, length):
+            member = member * mask.to(member)[..., None]
+        member = member.reshape(rows * length, -1)
+    counts = member.sum(0)
+    distance = _kl(samples, member, counts) if kind == "kl" else _mmd(samples, member)
+    enough = counts > 1
+    pairs = (enough[:, None] & enough).triu(1).to(hidden.dtype)
+    return (torch.where(pairs > 0, distance, 0) * pairs).sum() / pairs.sum().clamp_min(1)
 
 
-def _kl(a: Tensor, b: Tensor) -> Tensor:
-    """Symmetric divergence of two diagonal Gaussians, `[positions, n, R]` each: summed over R, averaged over positions.
+def _kl(samples: Tensor, member: Tensor, counts: Tensor) -> Tensor:
+    """Symmetric divergence of the diagonal Gaussians of all pairs of tasks, `[G, G]`, averaged over positions.
 
     The logarithms of KL(i || j) and KL(j || i) cancel.
+
+    Shapes:
+        samples `[positions, N, R]`, member `[N, G]` 0 or 1, counts `[G]`.
     """
-    (mean_a, var_a), (mean_b, var_b) = ((z.mean(1), z.var(1, unbiased=False) + EPS) for z in (a, b))
-    square = (mean_a - mean_b).square()
-    return 0.25 * ((var_a + square) / var_b + (var_b + square) / var_a - 2).sum(-1).mean()
+    share = (member / counts.clamp_min(1)).T
+    mean = share @ samples  # [positions, G, R]
+    deviation = samples - member @ mean
+    var = share @ deviation.square() + EPS
+    square = (mean.unsqueeze(2) - mean.unsqueeze(1)).square()
+    ratio = (var.unsqueeze(2) + square) / var.unsqueeze(1)
+    return 0.25 * (ratio + ratio.transpose(1, 2) - 2).sum(-1).mean(0)
 
 
-def _mmd(a: Tensor, b: Tensor) -> Tensor:
-    a, b = (z[:, :: -(-z.shape[1] // MMD_SAMPLES)] for z in (a, b))
-
-    def kernel(u: Tensor, v: Tensor) -> Tensor:
-        distance = (u.unsqueeze(2) - v.unsqueeze(1)).square().sum(-1)
-        return torch.stack([torch.exp(distance / (-2 * sigma)) for sigma in BANDWIDTHS]).sum(0).mean()
-
-    return kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
+def _mmd(samples: Tensor, member: Tensor) -> Tensor:
+    """Squared distance of kernel means of all pairs of tasks, `[G, G]`, averaged over positions; shapes as in `_kl`."""
+    chosen = []
+    for own in member.T:
+        indices = own.nonzero().flatten()
+        chosen.append(indices[:: max(1, -(-len(indices) // MMD_SAMPLES))])
+    picked = torch.cat(chosen)
+    samples, member = samples[:, picked], member[picked]
+    square = (samples.unsqueeze(2) - samples.unsqueeze(1)).square().sum(-1)
+    kernel = torch.stack([torch.exp(square / (-2 * sigma)) for sigma in BANDWIDTHS]).sum(0).mean(0)
+    share = member / member.sum(0).clamp_min(1)
+    mean = share.T @ kernel @ share
+    own = mean.diagonal()
+    return own[:, None] + own - 2 * mean

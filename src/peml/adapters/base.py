@@ -142,12 +142,15 @@ class AdapterConfig(ABC):
     def resized(self, r: int) -> Self:
         """The same method at another rank.
 
-        lora_alpha / r stays: learning rates found at one rank then hold at the other. Methods without lora_alpha
-        keep their own rule.
+        The scale of the update stays: learning rates found at one rank then hold at the other. Methods without
+        lora_alpha keep their own rule.
         """
         changes: dict[str, Any] = {"r": r}
         if hasattr(self, "lora_alpha"):
-            changes["lora_alpha"] = self.lora_alpha * r / self.r  # type: ignore[attr-defined]
+            ratio = r / self.r  # type: ignore[attr-defined]
+            changes["lora_alpha"] = self.lora_alpha * (
+                math.sqrt(ratio) if getattr(self, "use_rslora", False) else ratio
+            )
         return replace(self, **changes)
 
 

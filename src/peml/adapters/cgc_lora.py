@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peml.adapters.base import Adapter, AdapterConfig, kaiming
 from peml.adapters.experts import expert_diagonal, expert_rows, gate_logits, in_full
-from peml.adapters.settings import common_and_specific, divisible, one_of, positive, probability
+from peml.adapters.settings import common_and_specific, divisible, one_of, positive, probability, temperature
 from peml.routing import Route
 
 
@@ -67,6 +67,7 @@ class CGCLoRA(AdapterConfig):
         common_and_specific(self.num_common, self.num_specific)
         one_of("adapter.rank_mode", self.rank_mode, "active", "total")
         one_of("adapter.gate", self.gate, "embedding", "per_task", "table")
+        temperature("adapter.temperature", self.temperature)
         probability("adapter.lora_dropout", self.lora_dropout)
         if self.rank_mode == "active":
             self.expert_rank(1)

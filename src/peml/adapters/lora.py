@@ -28,7 +28,8 @@ class LoRA(AdapterConfig):
     Our choice: r 8, lora_alpha 16, dropout 0 (the multi-task repositories use r 8 and lora_alpha 16 or 32).
 
     With `align` this is Align-LoRA (arXiv:2508.05078, see `adapters/align.py`): a loss in training that makes the
-    features `down x` of all tasks alike. Its released class has weight 0.01, its script 0.2: search both.
+    features `down x` of all tasks alike. Its released class has weight 0.01, its script 0.2: search both. It costs
+    time, "mmd" several times more than "kl"; in encoder-decoder models padding counts as text.
 
     Args:
         r: R, rank of the update.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peml.adapters.base import Adapter, AdapterConfig, kaiming
-from peml.adapters.settings import one_of, positive, probability
+from peml.adapters.settings import one_of, positive, probability, temperature
 from peml.routing import Route
 
 
@@ -54,6 +54,7 @@ class MTLLoRA(AdapterConfig):
     def __post_init__(self) -> None:
         for name in ("r", "lora_alpha", "num_up", "temperature"):
             positive(f"adapter.{name}", getattr(self, name))
+        temperature("adapter.temperature", self.temperature)
         probability("adapter.lora_dropout", self.lora_dropout)
         one_of("adapter.lambda_kind", self.lambda_kind, "full", "diag")
         one_of("adapter.routing_init", self.routing_init, "uniform", "random")

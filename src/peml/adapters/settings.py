@@ -25,6 +25,20 @@ def probability(name: str, value: float) -> None:
     """
     if not isinstance(value, int | float) or not 0 <= value < 1:
         raise PemlError(f"{name} must be in [0, 1), not {value}")
+    if value and not 1e-4 <= value <= 0.9999:
+        # Dropout decides by 16 bits, which would make these never or always.
+        raise PemlError(f"{name} must be 0, or between 0.0001 and 0.9999, not {value}")
+
+
+def temperature(name: str, value: float) -> None:
+    """Refuse a temperature that softmax cannot be divided by.
+
+    Raises:
+        PemlError: `value` is below 0.001.
+    """
+    positive(name, value)
+    if value < 1e-3:
+        raise PemlError(f"{name} must be at least 0.001, not {value}")
 
 
 def one_of(name: str, value: str, *options: str) -> None:
