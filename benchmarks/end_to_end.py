@@ -32,7 +32,14 @@ def cases(options: Namespace) -> Iterator[Case]:
         lora, mtl_lora = peers.peft_lora(site), peers.naive(site, "MTL-LoRA as published", naive.MTLLoRA)
         # Without gradients the models are in evaluation mode, where dropout does nothing.
         dropped = [peers.peft_lora(site, dropout=0.05)] if train else []
-        fused = [site.peml("peml LoRA, fuse_mlp", adapters.LoRA(r=8), lora.name, fuse_mlp=True)] if train else []
+        options_of_training = (
+            [
+                site.peml("peml LoRA, dropout 0.05", adapters.LoRA(r=8, lora_dropout=0.05), dropped[0].name),
+                site.peml("peml LoRA, fuse_mlp", adapters.LoRA(r=8), lora.name, fuse_mlp=True),
+            ]
+            if train
+            else []
+        )
         variants = [
             *site.floors(),
             lora,
@@ -40,7 +47,7 @@ def cases(options: Namespace) -> Iterator[Case]:
             peers.peft_poly(site),
             mtl_lora,
             site.peml("peml LoRA", adapters.LoRA(r=8), lora.name),
-            *fused,
+            *options_of_training,
             site.peml("peml MTL-LoRA", adapters.MTLLoRA(r=8, num_up=3), mtl_lora.name),
             site.peml("peml Poly", adapters.Poly(r=8, num_skills=4), "PEFT Poly"),
         ]
