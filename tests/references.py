@@ -263,13 +263,26 @@ PROMPTS: dict[str, Callable[..., list[Prefix | None]]] = {"PrefixTuning": prefix
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float, prefix: Sequence[Prefix | None]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    scaling: float,
+    prefix: Sequence[Prefix | None],
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """softmax([scale q K' + log g, scale q k' + mask]) [V; v], row by row, head by head, query by query.
+    """softmax([cap(scale q K') + log g, cap(scale q k') + mask]) [V; v], row by row, head by head, query by query.
+
+    A cap c makes of a score x the score c tanh(x / c); a sink is a score of its head that has no value.
 
     Shapes:
-        query `[B, H, S, D]`, key and value `[B, H_kv, K, D]`, visible `[B, S, K]` -> `[B, S, H, D]`.
+        query `[B, H, S, D]`, key and value `[B, H_kv, K, D]`, visible `[B, S, K]`, sinks `[H]` -> `[B, S, H, D]`.
     """
+
+    def score(q: Tensor, k: Tensor) -> Tensor:
+        return q @ k if softcap is None else softcap * torch.tanh(q @ k / softcap)
+
     rows, heads, length, _ = query.shape
     shared = heads // key.shape[1]
     output = []
@@ -281,12 +294,15 @@ def attention(
                 if prefix[b] is not None:
                     keys, stored, gate = prefix[b]
                     for j in range(keys.shape[1]):
-                        scores.append(q @ keys[h // shared, j] + gate[j])
+                        scores.append(score(q, keys[h // shared, j]) + gate[j])
                         values.append(stored[h // shared, j])
                 for k in range(key.shape[2]):
                     if visible[b, s, k]:
-                        scores.append(q @ key[b, h // shared, k])
+                        scores.append(score(q, key[b, h // shared, k]))
                         values.append(value[b, h // shared, k])
+                if sinks is not None:
+                    scores.append(sinks[h])
+                    values.append(torch.zeros_like(value[b, 0, 0]))
                 weights = torch.softmax(torch.stack(scores), dim=0)
                 output.append(sum(w * v for w, v in zip(weights, values, strict=True)))
     return torch.stack(output).view(rows, length, heads, -1)

@@ -7,14 +7,17 @@ so that a deep copy of the model gets its own.
 
 from __future__ import annotations
 
+import copy
 import inspect
+from contextvars import Context
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from peml import routing
+from peml import attention, routing
+from peml.errors import PemlError
 from peml.routing import Forward, Tasks
 
 
@@ -35,6 +38,9 @@ class Opener(Protocol):
         """Whether the model counts positions from the left, as decoders do."""
 
 
+_REPLACED = ("generate", "generate_batch", "init_continuous_batching")
+
+
 class ForwardHooks:
     """The hooks of one model; `remove` takes them off."""
 
@@ -46,15 +52,20 @@ class ForwardHooks:
             model.register_forward_pre_hook(self.enter, with_kwargs=True),
             model.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
         )
-        if hasattr(model, "generate"):
-            self.original_generate = model.generate
-            model.generate = self.generate
+        # Of a rotary model, whichever way it looks: the distance to a prefix key, which has no phase, is the position.
+        self.rotary = any("Rotary" in type(part).__name__ for part in model.modules())
+        # RoBERTa and its kin start behind the padding token's number, and count for themselves.
+        self.counts_itself = any(hasattr(part, "create_position_ids_from_input_ids") for part in model.modules())
+        self.originals = {name: getattr(model, name) for name in _REPLACED if hasattr(model, name)}
+        for name in self.originals:
+            setattr(model, name, getattr(self, name))
 
     def remove(self) -> None:
         """Leave the model as it was."""
         for handle in self.handles:
             handle.remove()
-        self.model.__dict__.pop("generate", None)
+        for name in self.originals:
+            self.model.__dict__.pop(name, None)
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -68,6 +79,8 @@ class ForwardHooks:
         if module.training:
             routing.bind_checkpointing(module)
         if forward.prefix:
+            attention.engage(module)
+            self._check_packing(args, kwargs)
             self._add_position_ids(args, kwargs)
         return args, kwargs
 
@@ -83,7 +96,54 @@ class ForwardHooks:
         with torch.no_grad():
             forward = self.opener.open_forward(tasks, self._rows(args, kwargs))
         with routing.opened(replace(forward, prefix=forward.prefix or {}, prepared={})):
-            return self.original_generate(*args, **kwargs)
+            return self.originals["generate"](*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `generate_batch`, which would ignore `tasks=`."""
+        if "tasks" in kwargs:
+            raise PemlError(
+                "generate_batch cannot route by `tasks=`: it puts rows of all requests into one; call select_task() "
+                "and generate_batch once per task, or generate(tasks=...)"
+            )
+        return self.originals["generate_batch"](*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, which knows plain names of attention implementations only."""
+        if not attention.hosts_prompts(self.model):
+            return self.originals["init_continuous_batching"](*args, **kwargs)
+        try:
+            # The steps run in a thread of their own, which knows nothing of what is open here.
+            Context().run(self.opener.open_forward, None, None)
+        except PemlError as error:
+            raise PemlError(
+                f"continuous batching serves one task at a time: call select_task() first ({error})"
+            ) from error
+        with attention.named_for_paging(self.model):
+            manager = self.originals["init_continuous_batching"](*args, **kwargs)
+        # Blocks are shared between prompts that begin alike, whatever task or adapter wrote them.
+        manager.continuous_batching_config = copy.copy(manager.continuous_batching_config)
+        manager.continuous_batching_config.allow_block_sharing = False
+        create = manager._create_batch_processor
+
+        def create_batch_processor(*inner: Any, **named: Any) -> Any:
+            with attention.named_for_paging(self.model):
+                return create(*inner, **named)
+
+        manager._create_batch_processor = create_batch_processor
+        return manager
+
+    def _check_packing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse texts packed into one row where the model would let them see each other."""
+        positions = self._argument("position_ids", args, kwargs)
+        if attention.packs(self.model) or not isinstance(positions, Tensor):
+            return
+        if any(self._argument(name, args, kwargs) is not None for name in ("attention_mask", "past_key_values")):
+            return
+        if bool((positions.diff(dim=-1) != 1).any()):
+            raise PemlError(
+                f"{type(self.model).__name__} does not keep texts apart that are packed into one row (positions that "
+                "start again): give each text a row of its own, padded, or pass a 4D attention_mask"
+            )
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the caller gives for a parameter of the model's `forward`, by name or by position."""
@@ -114,7 +174,9 @@ class ForwardHooks:
         """
         mask, batch = self._mask(args, kwargs), self._argument("input_ids", args, kwargs)
         batch = self._argument("inputs_embeds", args, kwargs) if batch is None else batch
-        if batch is None or mask is None or not self.opener.counts_positions():
+        if batch is None or mask is None or self.counts_itself:
+            return
+        if not (self.rotary or self.opener.counts_positions()):
             return
         if self._argument("position_ids", args, kwargs) is not None or "position_ids" not in self.arguments:
             return

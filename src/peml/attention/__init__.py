@@ -1,0 +1,23 @@
+"""Learned keys and values inside the attention function of unmodified transformers models.
+
+A twin of the model's attention implementation is registered with `AttentionInterface`, and of its mask function with
+`AttentionMaskInterface` (without the second, the padding mask would be dropped silently). The twin puts the prefix of
+the open `Forward` in front of the layer's keys and values and calls the original. The cache never holds the prefix,
+real tokens keep their positions, and gradient checkpointing, packing, static caches and beams work as without it.
+"""
+
+from peml.attention.host import PromptHost, install, uninstall
+from peml.attention.switch import engage, hosts_prompts, named_for_paging, packs
+from peml.attention.twin import TWIN, attend
+
+__all__ = [
+    "TWIN",
+    "PromptHost",
+    "attend",
+    "engage",
+    "hosts_prompts",
+    "install",
+    "named_for_paging",
+    "packs",
+    "uninstall",
+]

@@ -1,0 +1,65 @@
+"""Keeps the twin in its place when somebody else changes the model's attention implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from peml.attention.host import PromptHost
+from peml.attention.twin import MASKS, TWIN
+from peml.errors import PemlError
+
+
+def engage(model: nn.Module) -> None:
+    """Make sure that attention goes through the twin: without it the prefix would be lost without a word.
+
+    `set_attn_implementation` may have been called after the prefix was attached.
+
+    Raises:
+        PemlError: an implementation that has no twin.
+    """
+    host = _host(model)
+    if host is None:
+        return
+    assert isinstance(model, PreTrainedModel)
+    found = model.config._attn_implementation
+    if found == TWIN + host.implementation:
+        return
+    wanted = found.removeprefix(TWIN)
+    if wanted not in MASKS:
+        raise PemlError(
+            f"{type(model).__name__} was switched to attention {found!r}, which cannot take its prefix: "
+            'call set_attn_implementation("sdpa") or ("eager"), or disable_adapter()'
+        )
+    model.set_attn_implementation(TWIN + wanted)
+    host.implementation = wanted
+
+
+@contextmanager
+def named_for_paging(model: nn.Module) -> Iterator[None]:
+    """Inside, the model bears a name from which continuous batching knows that attention wants ready-made masks."""
+    assert isinstance(model, PreTrainedModel)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("paged|eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def hosts_prompts(model: nn.Module) -> bool:
+    """Whether the model has been given a prompt."""
+    return _host(model) is not None
+
+
+def packs(model: nn.Module) -> bool:
+    """Whether the model keeps texts apart whose positions start again within a row."""
+    host = _host(model)
+    return host is None or host.packs
+
+
+def _host(model: nn.Module) -> PromptHost | None:
+    return next((child for child in model.children() if isinstance(child, PromptHost)), None)

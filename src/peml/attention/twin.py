@@ -1,0 +1,159 @@
+"""The twin of an attention function: the original, over `[prefix; key]` and `[prefix; value]`.
+
+Letters: `B` rows, `H` heads, `S` queries, `K` keys, `P` prefix tokens, `D` head size.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from peml import routing
+from peml.attention.scores import attend_one, gate_bias, gate_channel
+from peml.errors import PemlError
+from peml.prompts.base import AttentionSlot, LayerPrefix
+
+if TYPE_CHECKING:
+    from peml.attention.host import PromptHost
+
+TWIN = "peml_"
+MASKS: dict[str, Callable[..., Any]] = {"sdpa": sdpa_mask, "eager": eager_mask}
+
+Attention = tuple[Tensor, Tensor | None]
+
+
+class Seen(NamedTuple):
+    """What a probing forward sees of one attention layer."""
+
+    module: nn.Module
+    slot: AttentionSlot
+    value_dim: int
+    mask: Tensor | None
+
+
+PROBE: ContextVar[list[Seen] | None] = ContextVar("peml_probe", default=None)
+
+
+def attend(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> Attention:
+    """The twin: the original attention over `[prefix; key]` and `[prefix; value]`.
+
+    Shapes:
+        query `[B, H, S, D]`, key and value `[B, H_kv, K, D]`, attention_mask `[B or 1, 1, S, K]` or None.
+    """
+    original = partial(_original(implementation, module), module)
+    probe = PROBE.get()
+    if probe is not None:
+        _check(implementation, module, kwargs)
+        probe.append(Seen(module, AttentionSlot(key.shape[1], key.shape[3]), value.shape[3], attention_mask))
+        return original(query, key, value, attention_mask, scaling=scaling, **kwargs)
+    paged = kwargs.pop("cache", None)
+    if paged is not None:
+        # Continuous batching leaves this to the attention function; the prefix must not get into the cache.
+        key, value = paged.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    prefix = _prefix_of(module)
+    if prefix is None:
+        return original(query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    plain = not kwargs.get("dropout") and all(kwargs.get(k) is None for k in ("softcap", "s_aux", "position_bias"))
+    gate = None if prefix.log_gate is None else prefix.log_gate.to(query.device)
+    if query.shape[2] == 1 and implementation == "sdpa" and plain and not torch.is_grad_enabled():
+        return attend_one(query, key, value, attention_mask, scaling, _gather(prefix, query, shared=True), gate)
+
+    p = prefix.num_tokens
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if attention_mask is None and causal and query.shape[2] > 1 and implementation == "sdpa":
+        # To SDPA no mask means "causal, aligned at the first key": a longer static cache has only zeros after the
+        # queries. To the eager function it means that everything is visible.
+        s = query.shape[2]
+        key, value = key[:, :, :s], value[:, :, :s]
+        attention_mask = torch.ones(1, 1, s, p + s, dtype=torch.bool, device=query.device).tril(p)
+    elif attention_mask is not None:
+        attention_mask = F.pad(attention_mask, (p, 0), value=attention_mask.dtype == torch.bool)
+    if kwargs.get("position_bias") is not None:
+        kwargs["position_bias"] = F.pad(kwargs["position_bias"], (p, 0))
+
+    prefix_key, prefix_value = _gather(prefix, query, shared=False)
+    key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
+    if gate is None:
+        return original(query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if gate.requires_grad and implementation == "sdpa":
+        size = query.shape[-1]
+        query, key, value = gate_channel(query, key, value, gate / scaling)
+        output, weights = original(query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return output[..., :size], weights
+    bias = gate_bias(attention_mask, gate, query, key)
+    return original(query, key, value, bias, scaling=scaling, **kwargs)
+
+
+def _original(implementation: str, module: nn.Module) -> Callable[..., Attention]:
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]  # type: ignore[no-any-return]
+    # The class that was written beside the function, where a user's own class inherits from it.
+    for kind in type(module).__mro__:
+        function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function  # type: ignore[no-any-return]
+    raise PemlError(f"{type(module).__name__} has no eager attention function that a prefix could go through")
+
+
+def _check(implementation: str, module: nn.Module, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("softcap") is not None and implementation == "sdpa":
+        raise PemlError(
+            f"{type(module).__name__} soft-caps its scores, which attention 'sdpa' cannot: load the model with "
+            'attn_implementation="eager"'
+        )
+
+
+def _prefix_of(module: nn.Module) -> LayerPrefix | None:
+    slot: tuple[int, PromptHost] | None = getattr(module, "_peml_slot", None)
+    if slot is None or slot[1].active() is None:
+        return None
+    forward = routing.current()
+    if forward is None:
+        raise PemlError(
+            "a layer with a learned prefix was called outside its model's forward, where the prefix would be lost: "
+            "call the adapted model itself"
+        )
+    return None if forward.prefix is None else forward.prefix.get(slot[0])
+
+
+def _gather(prefix: LayerPrefix, query: Tensor, shared: bool) -> tuple[Tensor, Tensor]:
+    """Prefix keys and values `[B, H_kv, P, D]` in the query's dtype; `[1, ...]` if all rows share them and may."""
+    keys, values = (t.to(query.device, query.dtype) for t in (prefix.keys, prefix.values))
+    rows = query.shape[0]
+    if keys.shape[0] > 1:
+        forward = routing.current()
+        assert forward is not None and forward.route is not None
+        if forward.route.per_token:
+            raise PemlError("a prefix per task cannot serve rows that pack several tasks: give one task per row")
+        index = forward.route.groups(rows, query.device)
+        return keys[index], values[index]
+    if shared:
+        return keys, values
+    return keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
+
+
+for _implementation, _mask in MASKS.items():
+    AttentionInterface.register(TWIN + _implementation, partial(attend, _implementation))
+    AttentionMaskInterface.register(TWIN + _implementation, _mask)
