@@ -55,13 +55,18 @@ def test_continuous_batching_wants_one_task() -> None:
     assert model.base_model.model.config._attn_implementation == "peml_sdpa"
 
 
-def test_requests_of_one_task_leave_nothing_to_the_next() -> None:
+@pytest.mark.parametrize("part", ["prompt", "adapter"])
+def test_requests_of_one_task_leave_nothing_to_the_next(part: str) -> None:
     """Continuous batching shares keys and values between prompts that begin alike; those of another task are others."""
-    model, row = made("llama", "sdpa", "per task"), texts()[0].repeat(10)[:40]
+    if part == "prompt":
+        model = made("llama", "sdpa", "per task")
+        shake(model.base_model.prompt.parameters(), 4.0)
+    else:
+        model = adapt(families.build("llama", "sdpa"), peml.SingleTaskLoRA(r=2))
+    row = texts()[0].repeat(10)[:40]
     small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64, page_size=8, allow_block_sharing=True)
     settings = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=1)
     base, found = model.base_model.model, []
-    shake(model.base_model.prompt.parameters(), 4.0)
     model.base_model.select_task("rte")
     with base.continuous_batching_context_manager(settings, continuous_batching_config=small) as manager:
         for task in ("rte", "cola"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from contextlib import nullcontext
 from contextvars import Context
 from dataclasses import replace
 from typing import Any, Protocol
@@ -109,8 +110,6 @@ class ForwardHooks:
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, which knows plain names of attention implementations only."""
-        if not attention.hosts_prompts(self.model):
-            return self.originals["init_continuous_batching"](*args, **kwargs)
         try:
             # The steps run in a thread of their own, which knows nothing of what is open here.
             Context().run(self.opener.open_forward, None, None)
@@ -118,11 +117,14 @@ class ForwardHooks:
             raise PemlError(
                 f"continuous batching serves one task at a time: call select_task() first ({error})"
             ) from error
-        with attention.named_for_paging(self.model):
+        hosts = attention.hosts_prompts(self.model)
+        with attention.named_for_paging(self.model) if hosts else nullcontext():
             manager = self.originals["init_continuous_batching"](*args, **kwargs)
         # Blocks are shared between prompts that begin alike, whatever task or adapter wrote them.
         manager.continuous_batching_config = copy.copy(manager.continuous_batching_config)
         manager.continuous_batching_config.allow_block_sharing = False
+        if not hosts:
+            return manager
         create = manager._create_batch_processor
 
         def create_batch_processor(*inner: Any, **named: Any) -> Any:
