@@ -82,8 +82,8 @@ class Merging(Attached):
         owners: dict[int, str] = {}
         for bank in self._banks():
             weight = getattr(bank.base_layer, "weight", None)
-            if isinstance(weight, Tensor) and owners.setdefault(weight.data_ptr(), bank.label) != bank.label:
-                other = owners[weight.data_ptr()]
+            if weight is not None and owners.setdefault(id(weight), bank.label) != bank.label:
+                other = owners[id(weight)]
                 raise PemlError(f"{bank.label} and {other} share one weight, which cannot take the updates of both")
 
     def _check_selected(self) -> None:
