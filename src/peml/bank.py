@@ -33,7 +33,10 @@ SIBLINGS = (
     ("wi_0", "wi_1"),
     ("w1", "w3"),
 )
-"""Names of linear layers that read the same input in transformers' models, in the order in which they are called."""
+"""Names of linear layers that read the same input in transformers' models, the one that is called first in front.
+
+A few models call another one first, or give them other inputs: their groups are given up after one forward.
+"""
 
 CROSS = re.compile(r"(cross|encoder_attn|encdec)[^.]*$", re.IGNORECASE)
 """Attention whose queries read something else than its keys and values do."""
@@ -251,7 +254,7 @@ class Siblings:
     """Layers that read one input: the first one called computes them all, the others take what is theirs.
 
     The results lie in the `Forward`, under the identity of the input. A layer that is called with another input, or
-    outside of a model's forward, computes by itself.
+    outside of a model's forward, computes by itself; a group of which that happens is none from the next forward on.
     """
 
     def __init__(self, layers: Sequence[BankLinear]) -> None:
