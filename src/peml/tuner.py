@@ -82,7 +82,7 @@ class PemlModel(Merging, Growing):
             # Before any layer is touched: a model that cannot take this prefix is refused whole.
             host = host or fresh
             if host is not None and config.prompt is not None:
-                config.prompt.num_parameters(host.slots, len(config.task_names))
+                config.prompt.num_parameters(host.shape, len(config.task_names))
             super().inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
         except BaseException:
             if fresh is not None:
@@ -103,7 +103,7 @@ class PemlModel(Merging, Growing):
         config = self.peft_config[adapter_name]
         assert config.prompt is not None
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            prompt = config.prompt.build(host.slots, len(config.task_names))
+            prompt = config.prompt.build(host.shape, len(config.task_names))
         device = next(p for p in self.model.parameters()).device
         if "meta" not in (device.type, next(prompt.parameters()).device.type):
             prompt.to(device)

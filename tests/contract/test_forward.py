@@ -178,5 +178,5 @@ def test_the_count_is_the_formula(case: Case) -> None:
     banks = [module for module in model.modules() if isinstance(module, BankLinear)]
     expected = sum(case.adapter.num_parameters(bank.in_features, bank.out_features, 3) for bank in banks)
     if case.prompt is not None:
-        expected += case.prompt.num_parameters(model.base_model.model.prompt_host.slots, 3)
+        expected += case.prompt.num_parameters(model.base_model.model.prompt_host.shape, 3)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected

@@ -6,7 +6,6 @@ Letters: `P` prefix tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +15,14 @@ from transformers import PreTrainedModel
 
 from peml.attention.twin import MASKS, PROBE, TWIN, Seen
 from peml.errors import PemlError
-from peml.prompts.base import AttentionSlot, Prompt
+from peml.prompts.base import AttentionSlot, ModelShape, Prompt
 
 
 class PromptHost(nn.Module, BaseTunerLayer):
     """Holds the prompts of a model, one per PEFT adapter, so that PEFT saves, switches and deletes them.
 
     Args:
-        slots: shapes of the attention layers.
+        shape: of the attention layers and the input embeddings.
         implementation: the attention implementation that the twin stands in for.
         causal: whether attention looks to the left only, as in decoders.
         packs: whether the model keeps texts apart whose positions start again within a row.
@@ -33,15 +32,20 @@ class PromptHost(nn.Module, BaseTunerLayer):
     active_adapters: list[str]  # of BaseTunerLayer, which has no types
     peml_prompt: nn.ModuleDict
 
-    def __init__(self, slots: Sequence[AttentionSlot], implementation: str, causal: bool, packs: bool = True) -> None:
+    def __init__(self, shape: ModelShape, implementation: str, causal: bool, packs: bool = True) -> None:
         super().__init__()
-        self.slots = tuple(slots)
+        self.shape = shape
         self.implementation = implementation
         self.causal = causal
         self.packs = packs
         self.peml_prompt = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+
+    @property
+    def slots(self) -> tuple[AttentionSlot, ...]:
+        """Shapes of the attention layers."""
+        return self.shape.slots
 
     def active(self) -> Prompt | None:
         """The prompt in force, or None if it is disabled or the active adapter has none."""
@@ -106,7 +110,8 @@ def install(model: nn.Module) -> PromptHost:
         model.set_attn_implementation(implementation)
         raise
     causal = any(getattr(entry.module, "is_causal", False) for entry in found)
-    host = PromptHost([entry.slot for entry in found], implementation, causal, packs)
+    shape = ModelShape(tuple(entry.slot for entry in found), model.get_input_embeddings().weight.shape[1])
+    host = PromptHost(shape, implementation, causal, packs)
     for index, entry in enumerate(found):
         # A tuple keeps nn.Module from registering the host a second time, below every attention layer.
         entry.module._peml_slot = (index, host)  # type: ignore[assignment]

@@ -1,7 +1,7 @@
 """Prompts: learned keys and values for attention, one file per paper. Needs neither transformers nor peft."""
 
 from peml.prompts.architecture import Architecture
-from peml.prompts.base import AttentionSlot, LayerPrefix, Prompt, PromptConfig
+from peml.prompts.base import AttentionSlot, LayerPrefix, ModelShape, Prefix, Prompt, PromptConfig, SoftPrompt, Texts
 from peml.prompts.prefix import PrefixTable, PrefixTuning
 from peml.prompts.prefix_nas import PrefixGenerator, PrefixNAS
 
@@ -13,10 +13,14 @@ __all__ = [
     "Architecture",
     "AttentionSlot",
     "LayerPrefix",
+    "ModelShape",
+    "Prefix",
     "PrefixGenerator",
     "PrefixNAS",
     "PrefixTable",
     "PrefixTuning",
     "Prompt",
     "PromptConfig",
+    "SoftPrompt",
+    "Texts",
 ]

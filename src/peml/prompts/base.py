@@ -2,10 +2,12 @@
 
     softmax([scale q K' + log g, scale q k' + mask]) [V; v]
 
-A log-gate of 0 is an ordinary token, minus infinity removes it exactly. Learned keys carry no rotary phase, so they
-are a set: any of them can be dropped, and every layer has its own number.
+A log-gate of 0 is an ordinary token, minus infinity removes it exactly. A `Prefix` has keys and values of its own;
+they carry no rotary phase, so they are a set: any of them can be dropped, and every layer has its own number.
+A `SoftPrompt` has embeddings in front of the text, of which the model itself makes keys and values, once per step.
 
 Letters: `P` prefix tokens, `H` key/value heads, `D` head size, `L` attention layers ("slots"), `T` tasks,
+`E` width of the input embeddings, `B` rows, `S` tokens of a text,
 `G` distinct tasks present in the batch (1 for a prompt that all tasks share).
 """
 
@@ -32,11 +34,19 @@ class AttentionSlot:
         return 2 * self.num_heads * self.head_dim
 
 
+@dataclass(frozen=True)
+class ModelShape:
+    """What a prompt has to fit: the attention layers of a model, and the width E of its input embeddings."""
+
+    slots: tuple[AttentionSlot, ...]
+    embedding_dim: int
+
+
 class LayerPrefix(NamedTuple):
     """Learned tokens of one layer, for the tasks present.
 
     Shapes:
-        keys, values: `[G, H, P, D]`.
+        keys, values: `[G, H, P, D]`, or `[B, H, P, D]` of a prompt that reads the rows.
         log_gate: `[P]`, or None when every gate is 0.
     """
 
@@ -59,14 +69,6 @@ class Prompt(nn.Module, ABC):
     generated: ClassVar[bool] = False
     """Whether all layers' prefixes hang on one graph, which reentrant checkpointing cannot walk repeatedly."""
 
-    @abstractmethod
-    def forward(self, present: Sequence[int] | None) -> list[LayerPrefix | None]:
-        """One prefix per attention slot (None: no tokens there), computed once per step.
-
-        Args:
-            present: the distinct tasks in the batch; None only if the prompt needs no task.
-        """
-
     def architecture_parameters(self) -> list[nn.Parameter]:
         """Parameters that choose a structure; they get an optimiser group of their own."""
         return []
@@ -77,6 +79,52 @@ class Prompt(nn.Module, ABC):
 
     def set_progress(self, fraction: float) -> None:
         """Told at the start of each step how much of the training is done, from 0 to 1."""
+
+
+class Prefix(Prompt):
+    """A prompt with keys and values of its own."""
+
+    @abstractmethod
+    def forward(self, present: Sequence[int] | None) -> list[LayerPrefix | None]:
+        """One prefix per attention slot (None: no tokens there), computed once per step.
+
+        Args:
+            present: the distinct tasks in the batch; None only if the prompt needs no task.
+        """
+
+
+class Texts(NamedTuple):
+    """The texts of a batch, for a prompt that reads them.
+
+    Args:
+        embedded: `[B, S, E]`.
+        mask: `[B, S]`, which tokens to read.
+        group: `[B]`, place of each row's task among those present.
+    """
+
+    embedded: Tensor
+    mask: Tensor
+    group: Tensor
+
+
+class SoftPrompt(Prompt):
+    """A prompt of input embeddings, which the model reads as if they stood before the text."""
+
+    generated = True
+    reads_input: ClassVar[bool] = False
+    """Whether every row has a prompt of its own, made from its text."""
+
+    @abstractmethod
+    def forward(self, present: Sequence[int] | None, texts: Texts | None = None) -> Tensor:
+        """Embeddings of the prompt, `[G, P, E]`, or `[B, P, E]` if it reads the texts.
+
+        Args:
+            present: the distinct tasks in the batch; None only if the prompt needs no task.
+            texts: the batch; None unless the prompt reads it.
+        """
+
+    def start_from(self, words: Tensor) -> None:
+        """Begin at these embeddings, `[P, E]`; nothing to a prompt that begins otherwise."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +142,9 @@ class PromptConfig(ABC):
         return False
 
     @abstractmethod
-    def build(self, slots: Sequence[AttentionSlot], num_tasks: int) -> Prompt:
-        """The prompt of a model with these attention slots."""
+    def build(self, shape: ModelShape, num_tasks: int) -> Prompt:
+        """The prompt of a model of this shape."""
 
     @abstractmethod
-    def num_parameters(self, slots: Sequence[AttentionSlot], num_tasks: int) -> int:
+    def num_parameters(self, shape: ModelShape, num_tasks: int) -> int:
         """Trainable numbers, by the paper's formula."""
