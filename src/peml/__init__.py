@@ -13,7 +13,7 @@ from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.evaluation import evaluate_tasks
 from peml.methods import match_params, method, methods
-from peml.prompts import PrefixNAS, PrefixTuning
+from peml.prompts import MultitaskPrompt, PrefixNAS, PrefixTuning, PromptTuning
 from peml.tasks import Task
 from peml.training import MultiTaskTrainer, Recipe, train
 from peml.tuner import PemlModel
@@ -32,6 +32,8 @@ __all__ = [  # noqa: RUF022  (in the order in which a reader meets them)
     "HydraLoRA",
     "PrefixTuning",
     "PrefixNAS",
+    "PromptTuning",
+    "MultitaskPrompt",
     # Named combinations of these
     "method",
     "methods",

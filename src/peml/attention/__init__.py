@@ -7,6 +7,7 @@ real tokens keep their positions, and gradient checkpointing, packing, static ca
 """
 
 from peml.attention.host import PromptHost, install, uninstall
+from peml.attention.soft import check_soft, is_rotary
 from peml.attention.switch import engage, hosts_prompts, named_for_paging, packs
 from peml.attention.twin import TWIN, attend
 
@@ -14,9 +15,11 @@ __all__ = [
     "TWIN",
     "PromptHost",
     "attend",
+    "check_soft",
     "engage",
     "hosts_prompts",
     "install",
+    "is_rotary",
     "named_for_paging",
     "packs",
     "uninstall",

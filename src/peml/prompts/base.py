@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
+
+from peml.errors import PemlError
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,9 @@ class SoftPrompt(Prompt):
             texts: the batch; None unless the prompt reads it.
         """
 
+    @abstractmethod
     def start_from(self, words: Tensor) -> None:
-        """Begin at these embeddings, `[P, E]`; nothing to a prompt that begins otherwise."""
+        """Begin at these embeddings of words, `[P, E]`."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,11 @@ class PromptConfig(ABC):
         """Whether the prefix differs by task."""
         return False
 
+    @property
+    def at_input(self) -> bool:
+        """Whether it is made of input embeddings, not of keys and values."""
+        return False
+
     @abstractmethod
     def build(self, shape: ModelShape, num_tasks: int) -> Prompt:
         """The prompt of a model of this shape."""
@@ -148,3 +156,38 @@ class PromptConfig(ABC):
     @abstractmethod
     def num_parameters(self, shape: ModelShape, num_tasks: int) -> int:
         """Trainable numbers, by the paper's formula."""
+
+
+@dataclass(frozen=True)
+class WordPromptConfig(PromptConfig):
+    """Settings of a prompt that can begin at words of the model's vocabulary; names as in PEFT's prompt tuning.
+
+    Args:
+        prompt_tuning_init: "sample_vocab" (words drawn at random), "text" (those of a text, repeated or cut to the
+            length), or "random" (no words: small normal numbers).
+        prompt_tuning_init_text: the text.
+        tokenizer_name_or_path: what makes tokens of it; None: the base model's own.
+    """
+
+    num_virtual_tokens: int | tuple[int, ...]
+    prompt_tuning_init: Literal["sample_vocab", "text", "random"] = field(default="sample_vocab", kw_only=True)
+    prompt_tuning_init_text: str | None = field(default=None, kw_only=True)
+    tokenizer_name_or_path: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.prompt_tuning_init not in ("sample_vocab", "text", "random"):
+            raise PemlError(
+                f"prompt.prompt_tuning_init must be sample_vocab, text or random, not {self.prompt_tuning_init!r}"
+            )
+        if (self.prompt_tuning_init == "text") != bool(self.prompt_tuning_init_text):
+            raise PemlError('prompt.prompt_tuning_init_text goes with prompt_tuning_init="text", and not without')
+
+
+def check_length(num_virtual_tokens: int) -> None:
+    """Refuse a prompt without tokens.
+
+    Raises:
+        PemlError: naming the setting.
+    """
+    if num_virtual_tokens < 1:
+        raise PemlError(f"prompt.num_virtual_tokens must be 1 or more, not {num_virtual_tokens}")
