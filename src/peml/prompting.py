@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from peml.attached import Attached
 from peml.attention import PromptHost, soft
 from peml.errors import PemlError
-from peml.prompts import Prefix, PrefixGenerator, SoftPrompt, Texts, WordPromptConfig
+from peml.prompts import Prefix, PrefixGenerator, Prompt, SoftPrompt, Texts, WordPromptConfig
 from peml.routing import Forward, Route
 
 
@@ -87,6 +88,15 @@ class Prompting(Attached):
         prefix = soft.run(self.model, tokens, inside)
         offset = soft.position_offset(self.model, tokens.shape[1])
         return replace(forward, prefix=prefix, generated=True, by_row=prompt.reads_input, offset=offset)
+
+    @contextmanager
+    def prompted_by(self, prompt: Prompt) -> Iterator[None]:
+        """Another prompt in place of the active adapter inside the block, as if it were trained alone."""
+        host = self._prompt_host()
+        if host is None:
+            raise PemlError("this model has not been given a prompt")
+        with self.ablated("adapter"), host.standing_in(prompt):
+            yield
 
     def _texts(self, text: tuple[Tensor, Tensor | None] | None, route: Route | None) -> Texts:
         """What a prompt reads of a batch."""

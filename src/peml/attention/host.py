@@ -6,6 +6,9 @@ Letters: `P` prefix tokens.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +19,8 @@ from transformers import PreTrainedModel
 from peml.attention.twin import MASKS, PROBE, TWIN, Seen
 from peml.errors import PemlError
 from peml.prompts.base import AttentionSlot, ModelShape, Prompt
+
+_STAND_IN: ContextVar[tuple[Any, Prompt] | None] = ContextVar("peml_stand_in", default=None)
 
 
 class PromptHost(nn.Module, BaseTunerLayer):
@@ -49,10 +54,22 @@ class PromptHost(nn.Module, BaseTunerLayer):
 
     def active(self) -> Prompt | None:
         """The prompt in force, or None if it is disabled or the active adapter has none."""
+        stand_in = _STAND_IN.get()
+        if stand_in is not None and stand_in[0] is self:
+            return stand_in[1]
         if self._disable_adapters or not self.active_adapters:
             return None
         name = self.active_adapters[0]
         return self.peml_prompt[name] if name in self.peml_prompt else None  # type: ignore[return-value]  # noqa: SIM401
+
+    @contextmanager
+    def standing_in(self, prompt: Prompt) -> Iterator[None]:
+        """Another prompt in force inside the block, in this thread."""
+        token = _STAND_IN.set((self, prompt))
+        try:
+            yield
+        finally:
+            _STAND_IN.reset(token)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # A prompt wraps no layer: it goes where it is told.

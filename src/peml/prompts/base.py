@@ -136,6 +136,8 @@ class PromptConfig(ABC):
 
     prompt_learning_rate: ClassVar[float]
     """For AdamW, where a recipe gives none."""
+    task_rate_factor: ClassVar[float] = 1.0
+    """Learning rate of what belongs to single tasks, over that of the rest."""
     architecture_learning_rate: ClassVar[float] = 3e-3
     """For parameters that choose a structure; our choice."""
 
