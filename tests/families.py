@@ -247,6 +247,7 @@ PROMPTS = {
     "shared": peml.PrefixTuning(3),
     "gated": peml.PrefixTuning((2, 3), gated=True),
     "per task": peml.PrefixTuning((3, 2), per_task=True),
+    "soft, per task": peml.PromptTuning(3, per_task=True),
     "per task, gated": peml.PrefixTuning(2, per_task=True, gated=True),
 }
 NEW = 3
