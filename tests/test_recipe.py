@@ -89,7 +89,10 @@ def task(index: int = 0, drop: str | None = None, **changes: Any) -> Callable[[d
         (change(set={"adapter.r": 0}), r"adapter.r must be above 0, not 0"),
         (change(method="lora"), r"set.prompt.\w+ does not apply: method 'lora' has no prompt"),
         (change(set={"rank": 4}), r"set.rank is unknown: write adapter.NAME, prompt.NAME, or one of "),
-        (change(mixing={"by": "size"}), r"mixing.by: input should be 'proportional', 'temperature' or 'equal'"),
+        (
+            change(mixing={"by": "size"}),
+            r"mixing.by: input should be 'proportional', 'temperature', 'equal' or 'subset'",
+        ),
         (change(mixing={"temperatur": 1}), r"unknown key mixing.temperatur; did you mean temperature\?"),
         (change(tasks=[]), r"tasks: .*at least 1 item"),
         (change(tasks=["tpy"]), r"'tpy'.*did you mean 'toy'"),

@@ -1,13 +1,19 @@
 """Prompts at the input: equal to prepending, at every kind of position; where they begin; what they refuse."""
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    PreTrainedModel,
+)
 
 import families
 import peml
@@ -223,12 +229,78 @@ def test_what_cannot_be_read_is_refused() -> None:
         model(input_ids=batch, tasks="rte", input_mask=torch.ones(2, 4), position_ids=torch.tensor([[0, 1, 0, 1]] * 2))
 
 
+# Encoders: the prompt goes through the model with the text.
+
+
+@pytest.mark.parametrize("family", families.ENCODERS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_in_an_encoder_they_stand_behind_the_first_token(family: str, attention: str) -> None:
+    base = families.build(family, attention)
+    plain = copy.deepcopy(base)
+    model = adapt(base, prompt=peml.PromptTuning(3, per_task=True))
+    rows, tasks = families.texts(), ["cola", "rte"]
+    ids, mask = families.padded(rows, "right")
+    logits = model(input_ids=ids, attention_mask=mask, tasks=tasks).logits
+    assert logits.shape[:2] == ids.shape
+    for b, (row, task) in enumerate(zip(rows, tasks, strict=True)):
+        text = plain.get_input_embeddings()(row[None])
+        prompt = model.base_model.prompt.tokens[TASKS.index(task)][None]
+        # RoBERTa and its kin count from behind the number of the padding token.
+        first = 2 if "roberta" in family else 0
+        positions = torch.arange(first, first + 3 + len(row))[None]
+        whole = plain(
+            inputs_embeds=torch.cat([text[:, :1], prompt, text[:, 1:]], dim=1), position_ids=positions
+        ).logits[0]
+        wanted = torch.cat([whole[:1], whole[4:]])
+        torch.testing.assert_close(logits[b, : len(row)], wanted, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(model(input_ids=row[None], tasks=task).logits[0], wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_outputs_of_an_encoder_are_as_if_there_were_no_prompt() -> None:
+    """Hidden states, labels by token, answers by position; classifiers read the first token."""
+    config = tiny("bert").config
+    config.num_labels = 2
+    fresh = functools.partial(copy.deepcopy, config)
+    batch, adapter = tokens(2, 6), {"prompt": peml.PromptTuning(3)}
+    by_token = adapt(BertForTokenClassification(fresh()).double(), **adapter)
+    labels = torch.randint(0, 2, (2, 6))
+    out = by_token(input_ids=batch, labels=labels, output_hidden_states=True)
+    assert out.logits.shape == (2, 6, 2) and all(state.shape[1] == 6 for state in out.hidden_states)
+    wanted = torch.nn.functional.cross_entropy(out.logits.view(-1, 2), labels.view(-1))
+    torch.testing.assert_close(out.loss, wanted)
+    answers = adapt(BertForQuestionAnswering(fresh()).double(), **adapter)
+    starts, ends = torch.tensor([0, 2]), torch.tensor([1, 5])
+    out = answers(input_ids=batch, start_positions=starts, end_positions=ends)
+    assert out.start_logits.shape == out.end_logits.shape == (2, 6)
+    out.loss.backward()
+    rows = adapt(BertForSequenceClassification(fresh()).double(), **adapter)
+    one, other = (rows(input_ids=ids).logits for ids in (batch, batch.flip(1)))
+    assert one.shape == (2, 2) and not torch.allclose(one, other)
+    assert isinstance(rows(input_ids=batch, return_dict=False)[0], Tensor)
+    base = adapt(tiny("bert"), prompt=peml.PromptTuning(3))
+    assert base(input_ids=batch, return_dict=False)[0].shape[1] == 6
+
+
+def test_encoders_refuse_what_would_be_wrong() -> None:
+    model, batch = adapt(tiny("bert"), prompt=peml.PromptTuning(4, per_task=True)), tokens(2, 5)
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    with pytest.raises(peml.PemlError, match="pad rows on the right"):
+        model(input_ids=batch, attention_mask=mask, tasks="rte")
+    with pytest.raises(peml.PemlError, match="rows x tokens"):
+        model(input_ids=batch, attention_mask=torch.ones(2, 1, 5, 5), tasks="rte")
+    with pytest.raises(peml.PemlError, match="pack several tasks"):
+        model(input_ids=batch, tasks=[["rte"] * 5, ["cola"] * 5])
+    with pytest.raises(peml.PemlError, match="64 positions: a text of 61 tokens"):
+        model(input_ids=tokens(1, 61), tasks="rte")
+    attempt = adapt(tiny("bert"), prompt=peml.Attempt(2, num_sources=1, projection_dim=3))
+    attempt(input_ids=batch, tasks="rte")  # no answer stands in its text: there is nothing to leave out
+
+
 # What is refused.
 
 
 def test_models_that_cannot_are_named() -> None:
-    with pytest.raises(peml.PemlError, match=r"BertForMaskedLM cannot take a prompt at its input.*PrefixTuning"):
-        adapt(tiny("bert"), prompt=peml.PromptTuning(3))
     base = tiny()
     base.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     with pytest.raises(peml.PemlError, match=r"dynamic.*length of the text"):

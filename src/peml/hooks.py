@@ -83,10 +83,14 @@ class ForwardHooks:
         """Take `tasks=` from the call and open its `Forward`, unless `generate` has opened one around it."""
         tasks, input_mask = kwargs.pop("tasks", None), kwargs.pop("input_mask", None)
         forward, rows = routing.surrounding(module, self.opener.adapter_in_force), self._rows(args, kwargs)
-        if tasks is not None or forward is None or forward.prefix is None:
+        if tasks is not None or forward is None or forward.prefix is None or forward.front is not None:
             forward = self.opener.open_forward(
                 tasks, rows, self._mask(args, kwargs), self._text(args, kwargs, input_mask)
             )
+        if forward.front is not None:
+            call = dict(zip(self.arguments, args, strict=False)) | kwargs
+            args, kwargs = (), attention.lengthened(self.model, call, forward.front)
+            forward = replace(forward, mask=kwargs["attention_mask"])
         routing.enter(replace(forward, rows=rows, lengths=self._lengths(args, kwargs), handed={}))
         if module.training:
             routing.bind_checkpointing(module)
@@ -98,12 +102,15 @@ class ForwardHooks:
                 return (), self._moved(args, kwargs, forward.offset)
         return args, kwargs
 
-    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Close what `enter` opened."""
         forward = routing.current()
         if forward is not None and forward.model is module and output is not None:
             self.opener.close_forward(forward)
+            if forward.front is not None:
+                output = attention.shortened(output, kwargs["inputs_embeds"].shape[1], forward.front.shape[1])
         routing.leave(module)
+        return output
 
     def generate(self, *args: Any, tasks: Tasks | None = None, **kwargs: Any) -> Any:
         """The model's `generate` with `tasks=`: all its steps share one prefix, computed without gradients."""
@@ -200,6 +207,10 @@ class ForwardHooks:
                 "this adapter's prompt is made from the whole text, and a step through a cache has only its end: call "
                 "generate(), or the model with the whole text"
             )
+        if input_mask is None and not self.opener.counts_positions():
+            # An encoder has no answer in its text.
+            given = self._argument("attention_mask", args, kwargs)
+            input_mask = torch.ones(batch.shape[:2], device=batch.device) if given is None else given
         return batch, input_mask
 
     def _prompted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:

@@ -72,18 +72,26 @@ class Prompting(Attached):
         if prompt.needs_task and route is None:
             names = ", ".join(config.task_names)
             raise PemlError(f"this adapter has a prompt per task: pass tasks= with one of {names} per row")
+        assert host is not None
         present = None if route is None else route.present
         if isinstance(prompt, Prefix):
             prefix = {slot: layer for slot, layer in enumerate(prompt(present)) if layer is not None}
             return replace(forward, prefix=prefix, generated=prompt.generated)
         assert isinstance(prompt, SoftPrompt)
-        if prompt.reads_input:
-            tokens, own = prompt(present, self._texts(text, route)), route
-        else:
-            tokens, own = prompt(present), None
-            if config.needs_task and route is not None:
-                # What a shared prompt becomes differs by task where the adapter does.
-                tokens, own = tokens.expand(len(route.present), -1, -1), Route.of_ids(route.present)
+        tokens = prompt(present, self._texts(text, route) if prompt.reads_input else None)
+        if not host.causal:
+            if route is not None and route.per_token:
+                raise PemlError(
+                    "a prompt at the input cannot serve rows that pack several tasks: give one task per row"
+                )
+            # There they see the text, so that nothing can be computed before it.
+            if prompt.needs_task and not prompt.reads_input and route is not None and forward.rows is not None:
+                tokens = tokens[route.groups(forward.rows, tokens.device)]
+            return replace(forward, prefix={}, front=tokens)
+        own = route if prompt.reads_input else None
+        if config.needs_task and not prompt.reads_input and route is not None:
+            # What a shared prompt becomes differs by task where the adapter does.
+            tokens, own = tokens.expand(len(route.present), -1, -1), Route.of_ids(route.present)
         inside = replace(forward, route=own, cores=self._cores(own))
         prefix = soft.run(self.model, tokens, inside)
         offset = soft.position_offset(self.model, tokens.shape[1])

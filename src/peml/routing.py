@@ -129,6 +129,7 @@ class Forward:
             checkpointing cannot walk more than once.
         by_row: whether `prefix` has an entry per row, not per task present.
         offset: positions that the text moves by, to make room for a prompt in front of it.
+        front: soft tokens that go through the model with the text, `[B, P, E]`; None: there are none.
         collected: where layers put the keys and values of the soft tokens that are run; None: this is no such run.
         model: the base model that it is for: a model called inside another one's block must not take its route.
         adapter: the PEFT adapter whose task names gave the route its ids.
@@ -149,6 +150,7 @@ class Forward:
     generated: bool = False
     by_row: bool = False
     offset: int = 0
+    front: Tensor | None = None
     collected: dict[int, LayerPrefix] | None = None
     model: nn.Module | None = None
     adapter: str | None = None

@@ -234,6 +234,7 @@ class PemlModel(Prompting, Merging, Growing):
             route,
             model=self.model,
             adapter=self.adapter_in_force,
+            rows=rows,
             cores=self._cores(route),
             mask=mask,
             losses=self._open_losses(route),

@@ -123,11 +123,6 @@ class Case:
         """Whether the model makes the prefix, of embeddings."""
         return self.prompt is not None and self.prompt.at_input
 
-    def check(self, family: str) -> None:
-        """Skip what is refused."""
-        if self.at_input and family == "bert":
-            pytest.skip("an encoder takes no prompt at its input")
-
     def rounding(self, family: str = "llama") -> dict[str, float]:
         """Bounds for gradients of rows that share a run of a prompt, against rows apart.
 
@@ -152,7 +147,6 @@ class Case:
 
     def build(self, family: str = "llama", tasks: list[str] = TASKS, **options: Any) -> PeftModel:
         base = options.pop("base", None)
-        self.check("bert" if type(base).__name__.startswith("Bert") else family)
         base = tiny(family) if base is None else base
         return adapt(base, self.adapter, self.prompt, tasks, SMALL_PROMPTS[self.prompt_name][1], **options)
 

@@ -61,7 +61,9 @@ def reference_logits(model: PeftModel, batch: Tensor, tasks: list[str]) -> tuple
         texts = base.get_input_embeddings()(batch)
         prompts = torch.stack([soft(TASKS.index(task), text) for task, text in zip(tasks, texts, strict=True)])
         before = prompts.shape[1]
-        inputs = {"inputs_embeds": torch.cat([prompts, texts], dim=1)}
+        encoder = type(base).__name__.startswith("Bert")
+        first = 1 if encoder else 0  # behind the first token, which classifiers read
+        inputs = {"inputs_embeds": torch.cat([texts[:, :first], prompts, texts[:, first:]], dim=1)}
         if hasattr(base.config, "rope_parameters"):
             # The same positions as ours, because transformers rounds rotations to single precision.
             inputs["position_ids"] = torch.arange(-before, batch.shape[1])[None]
@@ -70,6 +72,8 @@ def reference_logits(model: PeftModel, batch: Tensor, tasks: list[str]) -> tuple
     visible = visible if type(base).__name__.startswith("Bert") else visible.tril()
     ids = [[TASKS.index(task)] * length for task in tasks]
     logits = references.run(base, inputs, visible.expand(rows, -1, -1), updates, prefixes, ids)
+    if soft is not None and encoder:
+        return torch.cat([logits[:, :1], logits[:, 1 + before :]], dim=1), leaves
     return logits[:, before:], leaves
 
 

@@ -76,7 +76,7 @@ def test_checkpointing_changes_nothing(family: str, case: Case, kind: str, monke
     logits, wanted = run(model)
     model.base_model.model.activation_checkpointing_enable(KINDS[kind])
     model.train()
-    if kind == "reentrant" and case.generated:
+    if kind == "reentrant" and case.generated and not (family == "bert" and case.at_input):
         with pytest.raises(peml.PemlError, match="use_reentrant"):
             run(model)
         assert peml.routing.current() is None
@@ -127,7 +127,6 @@ def test_dropout_trains_and_rests_in_evaluation(case: Case) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @few_cases
 def test_half_precision_bases_keep_full_precision_adapters(family: str, case: Case) -> None:
-    case.check(family)
     config = peml.PemlConfig(task_names=TASKS, adapter=case.adapter, prompt=case.prompt)
     model = get_peft_model(tiny(family).bfloat16(), config)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}

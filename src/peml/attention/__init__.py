@@ -6,6 +6,7 @@ the open `Forward` in front of the layer's keys and values and calls the origina
 real tokens keep their positions, and gradient checkpointing, packing, static caches and beams work as without it.
 """
 
+from peml.attention.front import lengthened, shortened
 from peml.attention.host import PromptHost, install, uninstall
 from peml.attention.soft import check_soft, is_rotary
 from peml.attention.switch import engage, hosts_prompts, named_for_paging, packs
@@ -20,7 +21,9 @@ __all__ = [
     "hosts_prompts",
     "install",
     "is_rotary",
+    "lengthened",
     "named_for_paging",
     "packs",
+    "shortened",
     "uninstall",
 ]

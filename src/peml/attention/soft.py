@@ -37,7 +37,7 @@ def check_soft(model: nn.Module, host: PromptHost) -> None:
     """
     name, instead = type(model).__name__, "use PrefixTuning, or MultitaskPrompt with deep=True"
     if not host.causal:
-        raise PemlError(f"{name} cannot take a prompt at its input: its tokens see those after them; {instead}")
+        return  # the soft tokens go through it with the text
     if is_rotary(model):
         kinds = _rope_types(getattr(getattr(model, "config", None), "rope_parameters", None)) & {"dynamic", "longrope"}
         if kinds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -115,7 +116,7 @@ def _recipes(recipe: Recipe, how: DistilThenAdapt) -> dict[str, Recipe]:
         )
     if isinstance(prompt, Attempt):
         return stages | {"targets": recipe}
-    own = {key: value for key, value in recipe.set.items() if key.partition(".")[0] == "prompt"}
+    own = {f"prompt.{key}": value for key, value in dataclasses.asdict(prompt).items()}
     stages["student"] = recipe.stage(
         sources,
         method="mpt",
