@@ -1,0 +1,343 @@
+"""Learned keys and values: what making them costs per step, what attention pays in training, and one token per row.
+
+Three questions, each beside PEFT's prefix tuning, which puts the prefix into the cache of every row.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft import CartridgeConfig, PrefixTuningConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import peml
+from benchmarks.harness import FLOOR, TWIN, Case, Variant
+from benchmarks.options import TINY, add_dtype
+from benchmarks.record import MIB
+from benchmarks.sites import DTYPES, llama, llama_site
+from peml import routing
+
+WIDTH, HEADS = 512, 8
+TASKS = 4
+
+
+class Shape(NamedTuple):
+    """Of an attention layer: rows, heads, heads of keys and values, tokens of a text, tokens of the prefix."""
+
+    rows: int
+    kv_heads: int
+    length: int
+    prefix: int
+
+    def __str__(self) -> str:
+        return f"b={self.rows}, heads {HEADS}/{self.kv_heads}, l={self.length}, P={self.prefix}"
+
+
+TRAINING = (Shape(8, 8, 64, 16), Shape(8, 8, 256, 16), Shape(8, 8, 256, 64), Shape(8, 2, 256, 64))
+DECODING = (Shape(32, 8, 256, 512), Shape(32, 2, 256, 512), Shape(16, 8, 256, 128), Shape(8, 8, 128, 16))
+PARTS = ("generator", "attention", "llama", "decode-attention", "decode-llama")
+# The work of an attention layer must not drown in that of the other layers, which no prefix touches.
+MODEL = {"width": WIDTH, "layers": 2, "heads": HEADS, "intermediate": WIDTH}
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--part", choices=PARTS, action="append", help="one or more (all)")
+    add_dtype(parser, "fp32")
+
+
+def cases(options: Namespace) -> Iterator[Case]:
+    """The generator, then training, then decoding."""
+    wanted = options.part or PARTS
+    training = [Shape(2, 2, 8, 3)] if options.quick else TRAINING
+    decoding = [Shape(4, 2, 8, 130)] if options.quick else DECODING
+    if "generator" in wanted:
+        yield _generator(options)
+    for part, shapes, build in (
+        ("attention", training, _train_attention),
+        ("llama", training, _train_llama),
+        ("decode-attention", decoding, _decode_attention),
+        ("decode-llama", decoding, _decode_llama),
+    ):
+        for shape in shapes if part in wanted else ():
+            torch.manual_seed(options.seed)
+            yield build(options, shape)
+
+
+def _settings(options: Namespace, shape: Shape | None = None) -> dict[str, object]:
+    own = {} if shape is None else {**shape._asdict(), "heads": HEADS}
+    return {**_model(options), **own, "dtype": options.dtype}
+
+
+def _model(options: Namespace) -> dict[str, int]:
+    return {**TINY, "layers": 2} if options.quick else dict(MODEL)
+
+
+def _base(options: Namespace, shape: Shape | None = None) -> nn.Module:
+    size = _model(options)
+    kv_heads = size["heads"] if shape is None else min(shape.kv_heads, size["heads"])
+    return llama(**size, kv_heads=kv_heads).to(DTYPES[options.dtype]).requires_grad_(False)
+
+
+def _ours(base: nn.Module, prompt: Any, tasks: int = 1) -> nn.Module:
+    names = [f"task{i}" for i in range(tasks)]
+    return get_peft_model(base, peml.PemlConfig(task_names=names, prompt=prompt), autocast_adapter_dtype=False)
+
+
+def _peft(base: nn.Module, tokens: int, **settings: Any) -> nn.Module:
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, **settings)
+    return get_peft_model(base, config, autocast_adapter_dtype=False)
+
+
+# The generator
+
+
+class _Fed(torch.autograd.Function):
+    """A loss of 0 that hands back ready-made gradients: what attention gives, without attention."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *ctx.gradients)
+
+
+def _generator(options: Namespace) -> Case:
+    """Keys and values of every layer for a batch, and their way back to the generator's weights."""
+    p, rows = (3, 4) if options.quick else (32, 8)
+    base = _base(options)
+    width = base.config.hidden_size
+    embedding = {"prefix_projection": True, "encoder_hidden_size": width}
+    peft_model = _peft(_base(options), p, **embedding)
+
+    def by_peft(number: int) -> Callable[[], list[Tensor]]:
+        return lambda: [t for layer in peft_model.get_prompt(number).layers for t in (layer.keys, layer.values)]
+
+    def by_us(model: nn.Module, number: int) -> Callable[[], list[Tensor]]:
+        prompt = model.base_model.prompt
+        return lambda: [t.expand(number, -1, -1, -1) for layer in prompt(None) for t in (layer.keys, layer.values)]
+
+    def variant(
+        name: str, make: Callable[[], list[Tensor]], model: nn.Module, kind: Any, against: str | None
+    ) -> Variant:
+        gradients = [torch.randn(t.shape, dtype=t.dtype) for t in make()]
+        trained = tuple(p for p in model.parameters() if p.requires_grad)
+        held = (*model.parameters(), *model.buffers())
+        return Variant(name, lambda: _Fed.apply(gradients, *make()), kind, trained, held, against)
+
+    # A derived generator that has dropped no token does the same work as the others.
+    searched = peml.PrefixNAS(num_virtual_tokens=p, width=width, budget_tokens=p, gate_threshold=0.0)
+    searching, derived = _ours(_base(options), searched), _ours(base, searched)
+    derived.base_model.prompt.derive()
+    variants = [variant(name, by_peft(1), peft_model, "floor", None) for name in (FLOOR, TWIN)]
+    variants.append(variant(f"PEFT prefix_projection, b={rows}", by_peft(rows), peft_model, "peer", FLOOR))
+    for name, model in (("searching", searching), ("derived", derived)):
+        one = f"peml PrefixNAS {name}, b=1"
+        variants.append(variant(one, by_us(model, 1), model, "peml", None))
+        variants.append(variant(f"peml PrefixNAS {name}, b={rows}", by_us(model, rows), model, "peml", one))
+    settings = {**_settings(options), "P": p, "floor": "PEFT prefix_projection, b=1"}
+    return Case("Making the prefix of a step", variants, True, p * width * base.dtype.itemsize, settings)
+
+
+# Training
+
+
+def _qkv(options: Namespace, shape: Shape, keys: int, train: bool) -> tuple[Tensor, Tensor, Tensor]:
+    size = _model(options)
+    heads, width = size["heads"], size["width"] // size["heads"]
+    queries = shape.length if train else 1
+    shapes = ((heads, queries), (min(shape.kv_heads, heads), keys), (min(shape.kv_heads, heads), keys))
+    # As a model has them: made with the heads behind the tokens.
+    made = [torch.randn(shape.rows, n, h, width, dtype=DTYPES[options.dtype]).transpose(1, 2) for h, n in shapes]
+    # A cache is contiguous the other way round.
+    made = made if train else [made[0], *(t.contiguous() for t in made[1:])]
+    return tuple(t.requires_grad_(train) for t in made)  # type: ignore[return-value]
+
+
+def _train_attention(options: Namespace, shape: Shape) -> Case:
+    """The attention function alone."""
+    model = _ours(_base(options, shape), peml.PrefixTuning(shape.prefix))
+    tuner, layer = model.base_model, model.base_model.model.model.layers[0].self_attn
+    prompt, p = tuner.prompt, shape.prefix
+    inputs = _qkv(options, shape, shape.length, train=True)
+    sdpa, ours = ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_ATTENTION_FUNCTIONS["peml_sdpa"]
+    mask = torch.ones(shape.length, p + shape.length, dtype=torch.bool).tril(p).expand(shape.rows, 1, -1, -1).clone()
+
+    def plain() -> Tensor:
+        return sdpa(layer, *inputs, None)[0]
+
+    def repeated() -> Tensor:
+        query, key, value = inputs
+        keys, values = (
+            # A table of tokens that is read once per row, as an embedding is.
+            F.embedding(torch.arange(p).expand(shape.rows, -1), table["0"][0].flatten(1))
+            .unflatten(-1, table["0"].shape[-2:])
+            .transpose(1, 2)
+            for table in (prompt.keys, prompt.values)
+        )
+        return sdpa(layer, query, torch.cat([keys, key], 2), torch.cat([values, value], 2), mask)[0]
+
+    def twin() -> Tensor:
+        with routing.opened(tuner.open_forward(None, shape.rows)):
+            return ours(layer, *inputs, None)[0]
+
+    held, leaves = (*model.parameters(), *model.buffers()), (*inputs, *prompt.parameters())
+    peer = "a prefix and a mask per row, as PEFT"
+    variants = [
+        Variant(FLOOR, plain, "floor", leaves, held),
+        Variant(TWIN, plain, "floor", leaves, held),
+        Variant(peer, repeated, "peer", leaves, held),
+        Variant("peml PrefixTuning", twin, "peml", leaves, held, peer),
+    ]
+    # The text's keys and values: what a prefix adds is measured in them.
+    unit = inputs[1].nbytes + inputs[2].nbytes
+    return Case(f"Training, attention alone: {shape}", variants, True, unit, _settings(options, shape))
+
+
+def _train_llama(options: Namespace, shape: Shape) -> Case:
+    """A whole model, with texts padded to different lengths."""
+    ids = [0] * shape.rows
+    site = llama_site(_base(options, shape), shape.rows, shape.length, options.dtype, ids=ids, num_tasks=1, train=True)
+    lengths = torch.linspace(shape.length // 2, shape.length, shape.rows).long()
+    mask = (torch.arange(shape.length) < lengths[:, None]).long()
+    site = replace(site, kwargs={**site.kwargs, "attention_mask": mask})
+    cartridge = CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=shape.prefix, num_frozen_tokens=0)
+    peers = {
+        "PEFT prefix tuning": _peft(site.copy(), shape.prefix),
+        "PEFT CARTRIDGE": get_peft_model(site.copy(), cartridge, autocast_adapter_dtype=False),
+    }
+    ours = _ours(site.copy(), peml.PrefixTuning(shape.prefix))
+    variants = [
+        *site.floors(),
+        *(site.variant(name, model, "peer") for name, model in peers.items()),
+        site.variant("peml PrefixTuning", ours, "peml", "PEFT prefix tuning"),
+    ]
+    unit = site.kwargs["inputs_embeds"].nbytes
+    return Case(f"Training step of a Llama: {shape}", variants, True, unit, _settings(options, shape))
+
+
+# Decoding
+
+
+def _decode_attention(options: Namespace, shape: Shape) -> Case:
+    """The attention function alone, on a cache that is there; rows of unequal length."""
+    model = _ours(_base(options, shape), peml.PrefixTuning(shape.prefix)).requires_grad_(False)
+    several = _ours(_base(options, shape), peml.PrefixTuning(shape.prefix, per_task=True), TASKS).requires_grad_(False)
+    layer, p = model.base_model.model.model.layers[0].self_attn, shape.prefix
+    query, key, value = _qkv(options, shape, shape.length, train=False)
+    table = model.base_model.prompt(None)[0]
+    long = [
+        torch.cat([t.expand(shape.rows, -1, -1, -1), own], 2) for t, own in ((table.keys, key), (table.values, value))
+    ]
+    mask = torch.ones(shape.rows, 1, 1, shape.length, dtype=torch.bool)
+    mask[::2, ..., : shape.length // 4] = False
+    longer = F.pad(mask, (p, 0), value=True)
+    sdpa, ours = ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_ATTENTION_FUNCTIONS["peml_sdpa"]
+
+    def twin(model: nn.Module, tasks: Any = None) -> Callable[[], Tensor]:
+        layer = model.base_model.model.model.layers[0].self_attn
+        forward = model.base_model.open_forward(tasks, shape.rows)
+
+        def step() -> Tensor:
+            with routing.opened(forward):
+                return ours(layer, query, key, value, mask)[0]
+
+        return step
+
+    def concatenated() -> Tensor:
+        keys, values = (
+            torch.cat([t.expand(shape.rows, -1, -1, -1), own], 2)
+            for t, own in ((table.keys, key), (table.values, value))
+        )
+        return sdpa(layer, query, keys, values, longer)[0]
+
+    peer, ids = "prefix in the cache, as PEFT", [row % TASKS for row in range(shape.rows)]
+    variants = [
+        *(Variant(name, lambda: sdpa(layer, query, key, value, mask)[0], "floor") for name in (FLOOR, TWIN)),
+        Variant(peer, lambda: sdpa(layer, query, *long, longer)[0], "peer"),
+        Variant("concatenated at every step", concatenated, "peer"),
+        Variant("peml PrefixTuning", twin(model), "peml", against=peer),
+        Variant(f"peml PrefixTuning, one for each of {TASKS} tasks", twin(several, ids), "peml", against=peer),
+    ]
+    return _decode_case("Decoding, attention alone", options, shape, variants, query.nbytes)
+
+
+@torch.no_grad()
+def _decode_llama(options: Namespace, shape: Shape) -> Case:
+    """A step of `generate` with its default cache, which grows by concatenation: cost that all variants have."""
+    size = _base(options, shape).config
+    text = torch.randint(size.vocab_size, (shape.rows, shape.length))
+    token = torch.randint(size.vocab_size, (shape.rows, 1))
+    mask = torch.ones(shape.rows, shape.length, dtype=torch.long)
+    mask[::2, : shape.length // 4] = 0
+
+    def variant(name: str, kind: Any, base: nn.Module, p: int = 0, against: str | None = None) -> Variant:
+        peft_model = _peft(base, p) if p else None
+        model = (base if peft_model is None else peft_model.get_base_model()).eval()
+        cache = DynamicCache(config=size) if peft_model is None else peft_model.get_prompt(shape.rows)
+        return Variant(name, _step(model, cache, p), kind, against=against)
+
+    def _step(model: nn.Module, cache: DynamicCache, p: int) -> Callable[[], Tensor]:
+        seen = F.pad(mask, (p, 0), value=1)
+        positions = (mask.cumsum(-1) - 1).clamp_min(0) + p
+        model(text, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True)
+        kept = [(layer.keys, layer.values) for layer in cache.layers]
+        seen, position = F.pad(seen, (0, 1), value=1), positions[:, -1:] + 1
+
+        def step() -> Tensor:
+            for layer, (keys, values) in zip(cache.layers, kept, strict=True):
+                layer.keys, layer.values = keys, values
+            given = {"attention_mask": seen, "position_ids": position, "past_key_values": cache}
+            return model(token, **given, use_cache=True).logits  # type: ignore[no-any-return]
+
+        return step
+
+    def ours(name: str, against: str, grad: bool = False) -> Variant:
+        model = _ours(_base(options, shape), peml.PrefixTuning(shape.prefix)).requires_grad_(False).eval()
+        tuner = model.base_model
+        opened = replace(tuner.open_forward(None, shape.rows), prepared={})
+        with routing.opened(opened):
+            step = _step(tuner.model, DynamicCache(config=size), 0)
+
+        def in_generate() -> Tensor:
+            # With gradients enabled, though nothing has any, attention takes the way of training: it concatenates.
+            with routing.opened(opened), torch.set_grad_enabled(grad):
+                return step()
+
+        return Variant(name, in_generate, "peer" if grad else "peml", against=against)
+
+    peer = "PEFT prefix tuning"
+    variants = [
+        variant(FLOOR, "floor", _base(options, shape)),
+        variant(TWIN, "floor", _base(options, shape)),
+        variant(peer, "peer", _base(options, shape), shape.prefix),
+        ours("concatenated at every step", peer, grad=True),
+        ours("peml PrefixTuning", peer),
+    ]
+    unit = shape.rows * size.hidden_size * DTYPES[options.dtype].itemsize
+    return _decode_case("Decoding step of a Llama", options, shape, variants, unit)
+
+
+def _decode_case(title: str, options: Namespace, shape: Shape, variants: list[Variant], unit: int) -> Case:
+    size = _model(options)
+    kv_heads = min(shape.kv_heads, size["heads"])
+    token = 2 * kv_heads * size["width"] // size["heads"] * DTYPES[options.dtype].itemsize
+    text, prefix = shape.rows * shape.length * token, shape.prefix * token
+    memory = {
+        "MiB of keys and values per layer": f"{text / MIB:.2f} without a prefix",
+        "in the cache of every row": f"{(text + shape.rows * prefix) / MIB:.2f}",
+        "shared": f"{(text + prefix) / MIB:.2f}",
+    }
+    return Case(f"{title}: {shape}", variants, False, unit, {**_settings(options, shape), **memory}, ROUNDS)
+
+
+ROUNDS = 31
