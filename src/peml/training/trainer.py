@@ -138,30 +138,7 @@ class MultiTaskTrainer(Trainer):
         return self.optimizer  # type: ignore[no-any-return]
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        parts, stacked = self.tuner.parts(), self.tuner.per_task_parameters()
-        # What `modules_to_save` made trainable goes with the adapter.
-        parts["adapter"] = parts["adapter"] + parts["other"]
-        decay, rate = self.args.weight_decay, self.args.learning_rate
-        prompt = self.tuner.config_in_force.prompt if self.tuner.config_in_force else None
-        groups = [
-            ("adapter", [p for p in parts["adapter"] if id(p) not in stacked], rate, decay),
-            ("adapter per task", [p for p in parts["adapter"] if id(p) in stacked], rate, 0.0),
-        ]
-        for part in ("prompt", "architecture"):
-            own = getattr(prompt, f"{part}_learning_rate", rate)
-            groups.append(
-                (
-                    part,
-                    parts[part],
-                    own if self._rates[part] is None else self._rates[part],
-                    decay if part == "prompt" else 0.0,
-                )
-            )
-        return [
-            {"name": name, "params": trainable, "lr": lr, "weight_decay": wd}
-            for name, params, lr, wd in groups
-            if (trainable := [p for p in params if p.requires_grad])
-        ]
+        return parameter_groups(self.tuner, self.args, self._rates)
 
     def finish_from(self, checkpoint: Path) -> None:
         """Take over the checkpoint of the last step: nothing is left to train, only to derive."""
@@ -230,6 +207,29 @@ class SearchSchedule(TrainerCallback):
     def _derive(self, prompt: Any) -> None:
         if getattr(prompt, "searching", False):
             prompt.derive()
+
+
+def parameter_groups(
+    tuner: PemlModel, args: TrainingArguments, rates: Mapping[str, float | None]
+) -> list[dict[str, Any]]:
+    """Groups for the optimiser; `rates` of `prompt` and `architecture`, None: the prompt's own default."""
+    parts, stacked = tuner.parts(), tuner.per_task_parameters()
+    # What `modules_to_save` made trainable goes with the adapter.
+    parts["adapter"] = parts["adapter"] + parts["other"]
+    decay, rate = args.weight_decay, args.learning_rate
+    prompt = tuner.config_in_force.prompt if tuner.config_in_force else None
+    groups = [
+        ("adapter", [p for p in parts["adapter"] if id(p) not in stacked], rate, decay),
+        ("adapter per task", [p for p in parts["adapter"] if id(p) in stacked], rate, 0.0),
+    ]
+    for part in ("prompt", "architecture"):
+        own, given = getattr(prompt, f"{part}_learning_rate", rate), rates[part]
+        groups.append((part, parts[part], own if given is None else given, decay if part == "prompt" else 0.0))
+    return [
+        {"name": name, "params": trainable, "lr": lr, "weight_decay": wd}
+        for name, params, lr, wd in groups
+        if (trainable := [p for p in params if p.requires_grad])
+    ]
 
 
 def learning_rates(trainer: MultiTaskTrainer) -> dict[str, float]:
