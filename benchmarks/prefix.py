@@ -8,43 +8,39 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import CartridgeConfig, PrefixTuningConfig, get_peft_model
+from peft import CartridgeConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import peml
 from benchmarks.harness import FLOOR, TWIN, Case, Variant
-from benchmarks.options import TINY, add_dtype
+from benchmarks.options import add_dtype
+from benchmarks.prefix_sites import (
+    Shape,
+    base_of,
+    queries_keys_values,
+    settings_of,
+    size_of,
+    with_ours,
+    with_peft,
+)
 from benchmarks.record import MIB
-from benchmarks.sites import DTYPES, llama, llama_site
+from benchmarks.sites import DTYPES, llama_site
 from peml import routing
 
-WIDTH, HEADS = 512, 8
 TASKS = 4
-
-
-class Shape(NamedTuple):
-    """Of an attention layer: rows, heads, heads of keys and values, tokens of a text, tokens of the prefix."""
-
-    rows: int
-    kv_heads: int
-    length: int
-    prefix: int
-
-    def __str__(self) -> str:
-        return f"b={self.rows}, heads {HEADS}/{self.kv_heads}, l={self.length}, P={self.prefix}"
+ROUNDS = 51
+"""Of decoding, whose large caches make the allocator part of what is read."""
 
 
 TRAINING = (Shape(8, 8, 64, 16), Shape(8, 8, 256, 16), Shape(8, 8, 256, 64), Shape(8, 2, 256, 64))
 DECODING = (Shape(32, 8, 256, 512), Shape(32, 2, 256, 512), Shape(16, 8, 256, 128), Shape(8, 8, 128, 16))
 PARTS = ("generator", "attention", "llama", "decode-attention", "decode-llama")
-# The work of an attention layer must not drown in that of the other layers, which no prefix touches.
-MODEL = {"width": WIDTH, "layers": 2, "heads": HEADS, "intermediate": WIDTH}
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -70,31 +66,6 @@ def cases(options: Namespace) -> Iterator[Case]:
             yield build(options, shape)
 
 
-def _settings(options: Namespace, shape: Shape | None = None) -> dict[str, object]:
-    own = {} if shape is None else {**shape._asdict(), "heads": HEADS}
-    return {**_model(options), **own, "dtype": options.dtype}
-
-
-def _model(options: Namespace) -> dict[str, int]:
-    return {**TINY, "layers": 2} if options.quick else dict(MODEL)
-
-
-def _base(options: Namespace, shape: Shape | None = None) -> nn.Module:
-    size = _model(options)
-    kv_heads = size["heads"] if shape is None else min(shape.kv_heads, size["heads"])
-    return llama(**size, kv_heads=kv_heads).to(DTYPES[options.dtype]).requires_grad_(False)
-
-
-def _ours(base: nn.Module, prompt: Any, tasks: int = 1) -> nn.Module:
-    names = [f"task{i}" for i in range(tasks)]
-    return get_peft_model(base, peml.PemlConfig(task_names=names, prompt=prompt), autocast_adapter_dtype=False)
-
-
-def _peft(base: nn.Module, tokens: int, **settings: Any) -> nn.Module:
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, **settings)
-    return get_peft_model(base, config, autocast_adapter_dtype=False)
-
-
 # The generator
 
 
@@ -114,10 +85,10 @@ class _Fed(torch.autograd.Function):
 def _generator(options: Namespace) -> Case:
     """Keys and values of every layer for a batch, and their way back to the generator's weights."""
     p, rows = (3, 4) if options.quick else (32, 8)
-    base = _base(options)
+    base = base_of(options)
     width = base.config.hidden_size
     embedding = {"prefix_projection": True, "encoder_hidden_size": width}
-    peft_model = _peft(_base(options), p, **embedding)
+    peft_model = with_peft(base_of(options), p, **embedding)
 
     def by_peft(number: int) -> Callable[[], list[Tensor]]:
         return lambda: [t for layer in peft_model.get_prompt(number).layers for t in (layer.keys, layer.values)]
@@ -136,7 +107,7 @@ def _generator(options: Namespace) -> Case:
 
     # A derived generator that has dropped no token does the same work as the others.
     searched = peml.PrefixNAS(num_virtual_tokens=p, width=width, budget_tokens=p, gate_threshold=0.0)
-    searching, derived = _ours(_base(options), searched), _ours(base, searched)
+    searching, derived = with_ours(base_of(options), searched), with_ours(base, searched)
     derived.base_model.prompt.derive()
     variants = [variant(name, by_peft(1), peft_model, "floor", None) for name in (FLOOR, TWIN)]
     variants.append(variant(f"PEFT prefix_projection, b={rows}", by_peft(rows), peft_model, "peer", FLOOR))
@@ -144,31 +115,19 @@ def _generator(options: Namespace) -> Case:
         one = f"peml PrefixNAS {name}, b=1"
         variants.append(variant(one, by_us(model, 1), model, "peml", None))
         variants.append(variant(f"peml PrefixNAS {name}, b={rows}", by_us(model, rows), model, "peml", one))
-    settings = {**_settings(options), "P": p, "floor": "PEFT prefix_projection, b=1"}
+    settings = {**settings_of(options), "P": p, "floor": "PEFT prefix_projection, b=1"}
     return Case("Making the prefix of a step", variants, True, p * width * base.dtype.itemsize, settings)
 
 
 # Training
 
 
-def _qkv(options: Namespace, shape: Shape, keys: int, train: bool) -> tuple[Tensor, Tensor, Tensor]:
-    size = _model(options)
-    heads, width = size["heads"], size["width"] // size["heads"]
-    queries = shape.length if train else 1
-    shapes = ((heads, queries), (min(shape.kv_heads, heads), keys), (min(shape.kv_heads, heads), keys))
-    # As a model has them: made with the heads behind the tokens.
-    made = [torch.randn(shape.rows, n, h, width, dtype=DTYPES[options.dtype]).transpose(1, 2) for h, n in shapes]
-    # A cache is contiguous the other way round.
-    made = made if train else [made[0], *(t.contiguous() for t in made[1:])]
-    return tuple(t.requires_grad_(train) for t in made)  # type: ignore[return-value]
-
-
 def _train_attention(options: Namespace, shape: Shape) -> Case:
     """The attention function alone."""
-    model = _ours(_base(options, shape), peml.PrefixTuning(shape.prefix))
+    model = with_ours(base_of(options, shape), peml.PrefixTuning(shape.prefix))
     tuner, layer = model.base_model, model.base_model.model.model.layers[0].self_attn
     prompt, p = tuner.prompt, shape.prefix
-    inputs = _qkv(options, shape, shape.length, train=True)
+    inputs = queries_keys_values(options, shape, shape.length, train=True)
     sdpa, ours = ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_ATTENTION_FUNCTIONS["peml_sdpa"]
     mask = torch.ones(shape.length, p + shape.length, dtype=torch.bool).tril(p).expand(shape.rows, 1, -1, -1).clone()
 
@@ -200,29 +159,31 @@ def _train_attention(options: Namespace, shape: Shape) -> Case:
     ]
     # The text's keys and values: what a prefix adds is measured in them.
     unit = inputs[1].nbytes + inputs[2].nbytes
-    return Case(f"Training, attention alone: {shape}", variants, True, unit, _settings(options, shape))
+    return Case(f"Training, attention alone: {shape}", variants, True, unit, settings_of(options, shape))
 
 
 def _train_llama(options: Namespace, shape: Shape) -> Case:
     """A whole model, with texts padded to different lengths."""
     ids = [0] * shape.rows
-    site = llama_site(_base(options, shape), shape.rows, shape.length, options.dtype, ids=ids, num_tasks=1, train=True)
+    site = llama_site(
+        base_of(options, shape), shape.rows, shape.length, options.dtype, ids=ids, num_tasks=1, train=True
+    )
     lengths = torch.linspace(shape.length // 2, shape.length, shape.rows).long()
     mask = (torch.arange(shape.length) < lengths[:, None]).long()
     site = replace(site, kwargs={**site.kwargs, "attention_mask": mask})
     cartridge = CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=shape.prefix, num_frozen_tokens=0)
     peers = {
-        "PEFT prefix tuning": _peft(site.copy(), shape.prefix),
+        "PEFT prefix tuning": with_peft(site.copy(), shape.prefix),
         "PEFT CARTRIDGE": get_peft_model(site.copy(), cartridge, autocast_adapter_dtype=False),
     }
-    ours = _ours(site.copy(), peml.PrefixTuning(shape.prefix))
+    ours = with_ours(site.copy(), peml.PrefixTuning(shape.prefix))
     variants = [
         *site.floors(),
         *(site.variant(name, model, "peer") for name, model in peers.items()),
         site.variant("peml PrefixTuning", ours, "peml", "PEFT prefix tuning"),
     ]
     unit = site.kwargs["inputs_embeds"].nbytes
-    return Case(f"Training step of a Llama: {shape}", variants, True, unit, _settings(options, shape))
+    return Case(f"Training step of a Llama: {shape}", variants, True, unit, settings_of(options, shape))
 
 
 # Decoding
@@ -230,10 +191,12 @@ def _train_llama(options: Namespace, shape: Shape) -> Case:
 
 def _decode_attention(options: Namespace, shape: Shape) -> Case:
     """The attention function alone, on a cache that is there; rows of unequal length."""
-    model = _ours(_base(options, shape), peml.PrefixTuning(shape.prefix)).requires_grad_(False)
-    several = _ours(_base(options, shape), peml.PrefixTuning(shape.prefix, per_task=True), TASKS).requires_grad_(False)
+    model = with_ours(base_of(options, shape), peml.PrefixTuning(shape.prefix)).requires_grad_(False)
+    several = with_ours(base_of(options, shape), peml.PrefixTuning(shape.prefix, per_task=True), TASKS).requires_grad_(
+        False
+    )
     layer, p = model.base_model.model.model.layers[0].self_attn, shape.prefix
-    query, key, value = _qkv(options, shape, shape.length, train=False)
+    query, key, value = queries_keys_values(options, shape, shape.length, train=False)
     table = model.base_model.prompt(None)[0]
     long = [
         torch.cat([t.expand(shape.rows, -1, -1, -1), own], 2) for t, own in ((table.keys, key), (table.values, value))
@@ -274,14 +237,14 @@ def _decode_attention(options: Namespace, shape: Shape) -> Case:
 @torch.no_grad()
 def _decode_llama(options: Namespace, shape: Shape) -> Case:
     """A step of `generate` with its default cache, which grows by concatenation: cost that all variants have."""
-    size = _base(options, shape).config
+    size = base_of(options, shape).config
     text = torch.randint(size.vocab_size, (shape.rows, shape.length))
     token = torch.randint(size.vocab_size, (shape.rows, 1))
     mask = torch.ones(shape.rows, shape.length, dtype=torch.long)
     mask[::2, : shape.length // 4] = 0
 
     def variant(name: str, kind: Any, base: nn.Module, p: int = 0, against: str | None = None) -> Variant:
-        peft_model = _peft(base, p) if p else None
+        peft_model = with_peft(base, p) if p else None
         model = (base if peft_model is None else peft_model.get_base_model()).eval()
         cache = DynamicCache(config=size) if peft_model is None else peft_model.get_prompt(shape.rows)
         return Variant(name, _step(model, cache, p), kind, against=against)
@@ -302,7 +265,7 @@ def _decode_llama(options: Namespace, shape: Shape) -> Case:
         return step
 
     def ours(name: str, against: str, grad: bool = False) -> Variant:
-        model = _ours(_base(options, shape), peml.PrefixTuning(shape.prefix)).requires_grad_(False).eval()
+        model = with_ours(base_of(options, shape), peml.PrefixTuning(shape.prefix)).requires_grad_(False).eval()
         tuner = model.base_model
         opened = replace(tuner.open_forward(None, shape.rows), prepared={})
         with routing.opened(opened):
@@ -317,9 +280,9 @@ def _decode_llama(options: Namespace, shape: Shape) -> Case:
 
     peer = "PEFT prefix tuning"
     variants = [
-        variant(FLOOR, "floor", _base(options, shape)),
-        variant(TWIN, "floor", _base(options, shape)),
-        variant(peer, "peer", _base(options, shape), shape.prefix),
+        variant(FLOOR, "floor", base_of(options, shape)),
+        variant(TWIN, "floor", base_of(options, shape)),
+        variant(peer, "peer", base_of(options, shape), shape.prefix),
         ours("concatenated at every step", peer, grad=True),
         ours("peml PrefixTuning", peer),
     ]
@@ -328,7 +291,7 @@ def _decode_llama(options: Namespace, shape: Shape) -> Case:
 
 
 def _decode_case(title: str, options: Namespace, shape: Shape, variants: list[Variant], unit: int) -> Case:
-    size = _model(options)
+    size = size_of(options)
     kv_heads = min(shape.kv_heads, size["heads"])
     token = 2 * kv_heads * size["width"] // size["heads"] * DTYPES[options.dtype].itemsize
     text, prefix = shape.rows * shape.length * token, shape.prefix * token
@@ -337,7 +300,4 @@ def _decode_case(title: str, options: Namespace, shape: Shape, variants: list[Va
         "in the cache of every row": f"{(text + shape.rows * prefix) / MIB:.2f}",
         "shared": f"{(text + prefix) / MIB:.2f}",
     }
-    return Case(f"{title}: {shape}", variants, False, unit, {**_settings(options, shape), **memory}, ROUNDS)
-
-
-ROUNDS = 31
+    return Case(f"{title}: {shape}", variants, False, unit, {**settings_of(options, shape), **memory}, ROUNDS)

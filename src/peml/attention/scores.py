@@ -91,7 +91,7 @@ def attend_one(
 def _product(left: Tensor, prefixes: Tensor, rows: Sorted | None) -> Tensor:
     """Every row's `[H, N, X]` times its own prefix's `[H, X, Y]`: `[B, H, N, Y]`."""
     if rows is not None:
-        parts = zip(left[rows.order].split(rows.sizes), prefixes, strict=True)
+        parts = zip(left[rows.order].split(rows.sizes), prefixes, strict=True)  # type: ignore[no-untyped-call]
         return torch.cat([_shared(part, table) for part, table in parts])[rows.back]
     return _shared(left, prefixes[0]) if prefixes.shape[0] == 1 else left @ prefixes
 

@@ -45,6 +45,9 @@ class MultiTaskSFTTrainer(SFTTrainer):
         PemlError: no PEML adapter, packing with a prefix per task, or a data set whose tasks are missing or unknown.
     """
 
+    data_collator: Any
+    optimizer: Any
+
     def __init__(
         self,
         model: str | nn.Module,
