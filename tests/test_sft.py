@@ -146,10 +146,11 @@ def test_a_training_equals_our_trainers(tmp_path) -> None:
 @needs_trl
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # a default of TRL's
 @pytest.mark.parametrize("packing", [False, True])
-def test_it_trains_with_the_defaults(packing: bool, tmp_path) -> None:
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_it_trains_with_the_defaults(packing: bool, task_type: str | None, tmp_path) -> None:
     """From plain text and a configuration of PEFT's, as TRL's own examples do."""
     texts = [{"text": f"big red {word}"} for word in ("cat", "dog", "tree", "big", "blue")]
-    config = peml.PemlConfig(task_names=["all"], **SHARED)
+    config = peml.PemlConfig(task_names=["all"], task_type=task_type, **SHARED)
     args = trl.SFTConfig(
         str(tmp_path), max_steps=2, packing=packing, max_length=16, learning_rate=1e-2, report_to="none",
         disable_tqdm=True, dataloader_pin_memory=False, use_cpu=True, logging_steps=1,
@@ -303,6 +304,29 @@ def test_a_search_runs_to_its_end_and_pays_its_penalties(tmp_path) -> None:
     rates = {group["name"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
     assert rates == {"adapter": 1e-2, "adapter per task": 1e-2, "prompt": 2e-3, "architecture": 3e-3}
     assert not model.base_model.prompt.searching
+
+
+@needs_trl
+def test_accumulated_steps_equal_whole_ones(tmp_path) -> None:
+    """The penalties of a search, too, count once per step."""
+    prompt = peml.PrefixNAS(num_virtual_tokens=4, width=6, embedding_dim=5, head_rank=3, budget_tokens=1)
+    model, rows = adapted(tuple(TASKS), adapter=peml.MTLLoRA(r=2), prompt=prompt), some_rows()
+    twin = copy.deepcopy(model)
+    # SGD: Adam would not see a penalty of twice the size.
+    shared = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+    rates = {"prompt_learning_rate": 0.1, "architecture_learning_rate": 0.1, "finetune_fraction": 0.0}
+    multi_task(tmp_path, model, rows, rates, per_device_train_batch_size=6, **shared).train()
+    multi_task(tmp_path, twin, rows, rates, gradient_accumulation_steps=2, **shared).train()
+    for (name, left), right in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@needs_trl
+def test_an_adapter_that_all_tasks_share_needs_no_column(tmp_path) -> None:
+    rows = [{k: v for k, v in row.items() if k != "task"} for row in some_rows()]
+    trainer = multi_task(tmp_path, adapted(tuple(TASKS), **SHARED), rows)
+    assert "tasks" not in next(iter(trainer.get_train_dataloader()))
+    trainer.train()
 
 
 @needs_trl

@@ -65,12 +65,13 @@ class MultiTaskSFTTrainer(SFTTrainer):
             raise PemlError(
                 "MultiTaskSFTTrainer needs a PEML adapter: pass peft_config=PemlConfig(...) or a model that has one"
             )
-        packed = args is not None and (args.packing or args.eval_packing or args.padding_free)
+        # Plain TrainingArguments are taken as well, and have none of TRL's own.
+        packed = any(getattr(args, name, False) for name in ("packing", "eval_packing", "padding_free"))
         if packed and config.prompt is not None and config.prompt.needs_task:
             raise PemlError(
                 "a prefix per task cannot serve rows that pack several tasks: set packing and padding_free to False"
             )
-        smoothed = kwargs.get("compute_loss_func") is not None or (args is not None and args.label_smoothing_factor > 0)
+        smoothed = kwargs.get("compute_loss_func") is not None or getattr(args, "label_smoothing_factor", 0) > 0
         if smoothed and config.adapter is not None and config.adapter.feature_loss_weight > 0:
             raise PemlError(
                 "adapter.align trains on the features of the step's only forward, and TRL makes a second one for "
