@@ -34,9 +34,10 @@ from benchmarks.sites import DTYPES, llama_site
 from peml import routing
 
 TASKS = 4
+DEPTH = 4
+"""Layers whose caches are read in turn, so that none is still in the processor's cache."""
 ROUNDS = 51
 """Of decoding, whose large caches make the allocator part of what is read."""
-
 
 TRAINING = (Shape(8, 8, 64, 16), Shape(8, 8, 256, 16), Shape(8, 8, 256, 64), Shape(8, 2, 256, 64))
 DECODING = (Shape(32, 8, 256, 512), Shape(32, 2, 256, 512), Shape(16, 8, 256, 128), Shape(8, 8, 128, 16))
@@ -190,48 +191,46 @@ def _train_llama(options: Namespace, shape: Shape) -> Case:
 
 
 def _decode_attention(options: Namespace, shape: Shape) -> Case:
-    """The attention function alone, on a cache that is there; rows of unequal length."""
-    model = with_ours(base_of(options, shape), peml.PrefixTuning(shape.prefix)).requires_grad_(False)
-    several = with_ours(base_of(options, shape), peml.PrefixTuning(shape.prefix, per_task=True), TASKS).requires_grad_(
-        False
-    )
-    layer, p = model.base_model.model.model.layers[0].self_attn, shape.prefix
-    query, key, value = queries_keys_values(options, shape, shape.length, train=False)
-    table = model.base_model.prompt(None)[0]
-    long = [
-        torch.cat([t.expand(shape.rows, -1, -1, -1), own], 2) for t, own in ((table.keys, key), (table.values, value))
-    ]
+    """The attention function alone, on the caches of several layers in turn; rows of unequal length."""
+    prefix, per_task = peml.PrefixTuning(shape.prefix), peml.PrefixTuning(shape.prefix, per_task=True)
+    model = with_ours(base_of(options, shape), prefix).requires_grad_(False)
+    several = with_ours(base_of(options, shape), per_task, TASKS).requires_grad_(False)
+    layer, table = model.base_model.model.model.layers[0].self_attn, model.base_model.prompt(None)[0]
+    inputs = [queries_keys_values(options, shape, shape.length, train=False) for _ in range(DEPTH)]
     mask = torch.ones(shape.rows, 1, 1, shape.length, dtype=torch.bool)
     mask[::2, ..., : shape.length // 4] = False
-    longer = F.pad(mask, (p, 0), value=True)
+    longer = F.pad(mask, (shape.prefix, 0), value=True)
     sdpa, ours = ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_ATTENTION_FUNCTIONS["peml_sdpa"]
 
-    def twin(model: nn.Module, tasks: Any = None) -> Callable[[], Tensor]:
+    def in_front(query: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
+        made = zip((table.keys, table.values), cache, strict=True)
+        return (query, *(torch.cat([t.expand(shape.rows, -1, -1, -1), own], 2) for t, own in made))
+
+    def twin(model: nn.Module, tasks: Any = None) -> Callable[[], list[Tensor]]:
         layer = model.base_model.model.model.layers[0].self_attn
         forward = model.base_model.open_forward(tasks, shape.rows)
 
-        def step() -> Tensor:
+        def step() -> list[Tensor]:
             with routing.opened(forward):
-                return ours(layer, query, key, value, mask)[0]
+                return [ours(layer, *own, mask)[0] for own in inputs]
 
         return step
 
-    def concatenated() -> Tensor:
-        keys, values = (
-            torch.cat([t.expand(shape.rows, -1, -1, -1), own], 2)
-            for t, own in ((table.keys, key), (table.values, value))
-        )
-        return sdpa(layer, query, keys, values, longer)[0]
+    def plain() -> list[Tensor]:
+        return [sdpa(layer, *own, mask)[0] for own in inputs]
 
+    long = [in_front(*own) for own in inputs]
     peer, ids = "prefix in the cache, as PEFT", [row % TASKS for row in range(shape.rows)]
     variants = [
-        *(Variant(name, lambda: sdpa(layer, query, key, value, mask)[0], "floor") for name in (FLOOR, TWIN)),
-        Variant(peer, lambda: sdpa(layer, query, *long, longer)[0], "peer"),
-        Variant("concatenated at every step", concatenated, "peer"),
+        *(Variant(name, plain, "floor") for name in (FLOOR, TWIN)),
+        Variant(peer, lambda: [sdpa(layer, *own, longer)[0] for own in long], "peer"),
+        Variant(
+            "concatenated at every step", lambda: [sdpa(layer, *in_front(*own), longer)[0] for own in inputs], "peer"
+        ),
         Variant("peml PrefixTuning", twin(model), "peml", against=peer),
         Variant(f"peml PrefixTuning, one for each of {TASKS} tasks", twin(several, ids), "peml", against=peer),
     ]
-    return _decode_case("Decoding, attention alone", options, shape, variants, query.nbytes)
+    return _decode_case("Decoding, attention alone", options, shape, variants, inputs[0][0].nbytes)
 
 
 @torch.no_grad()
