@@ -6,7 +6,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
-from benchmarks import command, decode, end_to_end, groups, layers, merged, tasks
+from benchmarks import command, decode, end_to_end, groups, layers, merged, prefix, tasks
 
 RUNS = {
     "layers": layers,
@@ -15,6 +15,7 @@ RUNS = {
     "tasks": tasks,
     "decode": decode,
     "merged": merged,
+    "prefix": prefix,
 }
 ALL = "all"
 

@@ -63,11 +63,11 @@ class Block(nn.Module):
         return self.block(x)
 
 
-def llama(width: int, layers: int, heads: int, intermediate: int) -> nn.Module:
-    """A Llama with random weights."""
+def llama(width: int, layers: int, heads: int, intermediate: int, kv_heads: int | None = None) -> nn.Module:
+    """A Llama with random weights; `kv_heads`: of keys and values, where they are fewer."""
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=width, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, use_cache=False,
+        num_attention_heads=heads, num_key_value_heads=kv_heads or heads, max_position_embeddings=2048, use_cache=False,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM._from_config(config, attn_implementation="sdpa")

@@ -6,13 +6,15 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 import peml
 import references
 from models import TASKS, adapt, gpt2, llama, probe_loss, qwen3, shake, tiny, tokens
 from peml import PemlError, attention, routing
-from peml.attention import PromptHost, attend
+from peml.attention import PromptHost, attend, twin
+from peml.attention.scores import attend_one
 from peml.prompts import AttentionSlot, LayerPrefix, ModelShape
 from peml.routing import Forward, Route
 
@@ -127,6 +129,65 @@ def test_a_prefix_per_task(queries: int, grad: bool, tasks) -> None:
         output, _ = attend("sdpa", Layer(), q, k, v, VISIBLE["causal"](queries, 4)[:, None])
     expected = by_loop(layer, route, q, k, v, VISIBLE["causal"](queries, 4), D**-0.5)
     torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("tasks", [["c", "a", "c"], ["a", "b", "c"], ["b", "b", "a"]])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@torch.no_grad()
+def test_one_query_with_long_prefixes_per_task(tasks, padded: bool, gated: bool) -> None:
+    """Rows are brought together by task, and put back: long enough for that, unlike in the test above."""
+    route, p = Route.of(tasks, ["a", "b", "c"]), twin.WORTH_SORTING
+    q, k, v = tensors(1, 4)
+    layer = prefix(groups=len(route.present), gated=gated, p=p)
+    seen = VISIBLE["padded" if padded else "causal"](1, 4)
+    with routing.opened(Forward(route, {0: layer})):
+        tables, rows = twin._tables(layer, q)
+        output, _ = attend("sdpa", Layer(), q, k, v, seen[:, None])
+    assert rows is not None and tables[0].data_ptr() == layer.keys.data_ptr()
+    torch.testing.assert_close(output, by_loop(layer, route, q, k, v, seen, D**-0.5), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("tasks", [None, ["c", "a", "c"]])
+@torch.no_grad()
+def test_one_query_in_half_precision(dtype: torch.dtype, tolerance: float, tasks) -> None:
+    """Scores of hundreds of tokens are summed in fp32, a closed gate and a row of nothing but padding included."""
+    route, p = None if tasks is None else Route.of(tasks, ["a", "b", "c"]), 300
+    q, k, v = (t.to(dtype) for t in tensors(1, 5))
+    layer = prefix(groups=1 if route is None else len(route.present), p=p)
+    gate = layer.log_gate.masked_fill(torch.arange(p) % 3 == 0, -1e4)
+    layer = LayerPrefix(layer.keys.to(dtype), layer.values.to(dtype), gate)
+    seen = VISIBLE["padded"](1, 5).clone()
+    seen[1] = False
+    with routing.opened(Forward(route, {0: layer})):
+        output, _ = attend("sdpa", Layer(), q, k, v, seen[:, None])
+    exact = LayerPrefix(layer.keys.double(), layer.values.double(), gate)
+    expected = by_loop(exact, route, q.double(), k.double(), v.double(), seen, D**-0.5)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kv", [1, 2, 4])
+@torch.no_grad()
+def test_one_query_copies_neither_prefix_nor_cache(kv: int) -> None:
+    """The largest tensor made on the way is that of the scores, whatever the number of rows."""
+    rows, p, size, keys = 16, 64, 32, 48
+    q, cache = torch.randn(rows, H, 1, size), [torch.randn(rows, kv, keys, size) for _ in range(2)]
+    table = tuple(torch.randn(1, p, kv, size).transpose(1, 2) for _ in range(2))
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            made.append(result.untyped_storage().nbytes() // 4 if isinstance(result, Tensor) else 0)
+            return result
+
+    with Watch():
+        attend_one(q, *cache, torch.ones(rows, 1, 1, keys, dtype=torch.bool), 0.1, table, None)
+    # Views of what is given have its storage; everything else is a new tensor.
+    given = {t.untyped_storage().nbytes() // 4 for t in (*cache, *table)}
+    assert max(size for size in made if size not in given) == rows * H * (p + keys)
 
 
 @pytest.mark.parametrize("queries", [1, 4])

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are not installed with the package
 
 from benchmarks import __main__ as command_line  # noqa: E402
-from benchmarks import command, naive, peers, record  # noqa: E402
+from benchmarks import command, naive, peers, prefix, record  # noqa: E402
 from benchmarks import tasks as growth  # noqa: E402
 from benchmarks.harness import FLOOR, TWIN, Case, Ratio, Variant, interleave, measure  # noqa: E402
 from benchmarks.memory import peak_bytes, saved_bytes  # noqa: E402
@@ -223,6 +223,21 @@ def test_variants_have_weights_of_their_own():
     addresses = [tensor.data_ptr() for variant in variants for tensor in variant.held]
     assert len(set(addresses)) == len(addresses)
     assert all(site.args[0] is variant.leaves[-1] for variant in variants)
+
+
+@pytest.mark.parametrize("part", ["attention", "decode-attention"])
+def test_a_prefix_in_the_cache_is_the_same_prefix(part: str):
+    options = command_line.parser().parse_args(["prefix", "--quick", "--part", part])
+    (case,) = prefix.cases(options)
+    # Those of several tasks have tables of their own.
+    read = {v.name: v.forward() for v in case.variants if "tasks" not in v.name}
+    found = {name: torch.stack([*y]).detach() for name, y in read.items()}
+    ours, plain = found.pop("peml PrefixTuning"), found.pop(FLOOR)
+    assert not torch.allclose(ours, plain, atol=1e-3)
+    peers = {name: output for name, output in found.items() if name != TWIN}
+    assert len(peers) == (1 if part == "attention" else 2)
+    for output in peers.values():
+        torch.testing.assert_close(output, ours)
 
 
 # Records

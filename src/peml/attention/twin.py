@@ -19,7 +19,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peml import routing
-from peml.attention.scores import attend_one, gate_bias, gate_channel
+from peml.attention.scores import Sorted, attend_one, gate_bias, gate_channel
 from peml.errors import PemlError
 from peml.prompts.base import AttentionSlot, LayerPrefix
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 TWIN = "peml_"
 MASKS: dict[str, Callable[..., Any]] = {"sdpa": sdpa_mask, "eager": eager_mask}
+
+WORTH_SORTING = 128
+"""Tokens copied per prefix from which on rows are sorted by prefix; measured on a CPU, see LOG.md."""
 
 Attention = tuple[Tensor, Tensor | None]
 
@@ -78,7 +81,8 @@ def attend(
     plain = not kwargs.get("dropout") and all(kwargs.get(k) is None for k in ("softcap", "s_aux", "position_bias"))
     gate = None if prefix.log_gate is None else prefix.log_gate.to(query.device)
     if query.shape[2] == 1 and implementation == "sdpa" and plain and not torch.is_grad_enabled():
-        return attend_one(query, key, value, attention_mask, scaling, _gather(prefix, query, shared=True), gate)
+        tables, rows = _tables(prefix, query)
+        return attend_one(query, key, value, attention_mask, scaling, tables, gate, rows)
 
     p = prefix.num_tokens
     causal = kwargs.get("is_causal")
@@ -162,6 +166,19 @@ def _gather(prefix: LayerPrefix, query: Tensor, shared: bool) -> tuple[Tensor, T
     if shared:
         return keys, values
     return keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
+
+
+def _tables(prefix: LayerPrefix, query: Tensor) -> tuple[tuple[Tensor, Tensor], Sorted | None]:
+    """What one query per row needs: the prefixes as stored and the rows of each, or a short prefix copied per row."""
+    groups, rows = prefix.keys.shape[0], query.shape[0]
+    forward = routing.current()
+    assert forward is not None
+    route, copied = forward.route, rows * prefix.num_tokens
+    if groups == 1 or forward.by_row or route is None or route.per_token or copied < groups * WORTH_SORTING:
+        return _gather(prefix, query, shared=True), None
+    keys, values = (t.to(query.device, query.dtype) for t in (prefix.keys, prefix.values))
+    index = route.groups(rows, torch.device("cpu"))
+    return (keys, values), Sorted.of(index, groups, query.device)
 
 
 for _implementation, _mask in MASKS.items():

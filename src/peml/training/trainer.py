@@ -148,41 +148,7 @@ class MultiTaskTrainer(Trainer):
         return self.optimizer  # type: ignore[no-any-return]
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        parts, stacked = self.tuner.parts(), self.tuner.per_task_parameters()
-        # What `modules_to_save` made trainable goes with the adapter.
-        parts["adapter"] = parts["adapter"] + parts["other"]
-        own = {"adapter per task": [], "prompt per task": []}  # type: dict[str, list[nn.Parameter]]
-        for part in ("adapter", "prompt"):
-            own[f"{part} per task"] = [p for p in parts[part] if id(p) in stacked]
-            parts[part] = [p for p in parts[part] if id(p) not in stacked]
-        rate, rates = self.args.learning_rate, self._learning_rates()
-        # What belongs to single tasks, or chooses a structure, is not drawn to zero.
-        decays = {"adapter": self.args.weight_decay, "prompt": self.args.weight_decay}
-        groups = [
-            (name, params, rates.get(name, rate), decays.get(name, 0.0))
-            for name in ("adapter", "adapter per task", "prompt", "prompt per task", "architecture")
-            for params in [{**parts, **own}[name]]
-        ]
-        return [
-            {"name": name, "params": trainable, "lr": lr, "weight_decay": wd}
-            for name, params, lr, wd in groups
-            if (trainable := [p for p in params if p.requires_grad])
-        ]
-
-    def _learning_rates(self) -> dict[str, float]:
-        """Of the groups that have one of their own: as given, else the prompt's default."""
-        config = self.tuner.config_in_force
-        prompt = None if config is None else config.prompt
-        if prompt is None:
-            return {}
-        shared = self._rates["prompt"]
-        shared = prompt.prompt_learning_rate if shared is None else shared
-        per_task, architecture = self._rates["prompt per task"], self._rates["architecture"]
-        return {
-            "prompt": shared,
-            "prompt per task": shared * prompt.task_rate_factor if per_task is None else per_task,
-            "architecture": prompt.architecture_learning_rate if architecture is None else architecture,
-        }
+        return parameter_groups(self.tuner, self.args, self._rates)
 
     def finish_from(self, checkpoint: Path) -> None:
         """Take over the checkpoint of the last step: nothing is left to train, only to derive."""
@@ -251,6 +217,39 @@ class SearchSchedule(TrainerCallback):
     def _derive(self, prompt: Any) -> None:
         if getattr(prompt, "searching", False):
             prompt.derive()
+
+
+def parameter_groups(
+    tuner: PemlModel, args: TrainingArguments, rates: Mapping[str, float | None]
+) -> list[dict[str, Any]]:
+    """Groups for the optimiser: of every part what tasks share, and what belongs to single tasks.
+
+    Args:
+        tuner: whose active adapter is trained.
+        args: with the adapter's rate, and the weight decay.
+        rates: of `prompt`, `prompt per task` and `architecture`; None or missing: the prompt's own default.
+    """
+    parts, stacked = tuner.parts(), tuner.per_task_parameters()
+    # What `modules_to_save` made trainable goes with the adapter.
+    parts["adapter"] = parts["adapter"] + parts["other"]
+    for part in ("adapter", "prompt"):
+        parts[f"{part} per task"] = [p for p in parts[part] if id(p) in stacked]
+        parts[part] = [p for p in parts[part] if id(p) not in stacked]
+    own = {"adapter": args.learning_rate, "adapter per task": args.learning_rate}
+    config = tuner.config_in_force
+    if config is not None and config.prompt is not None:
+        shared = rates.get("prompt")
+        shared = config.prompt.prompt_learning_rate if shared is None else shared
+        own |= {"prompt": shared, "prompt per task": shared * config.prompt.task_rate_factor}
+        own["architecture"] = config.prompt.architecture_learning_rate
+    own |= {name: rate for name, rate in rates.items() if rate is not None}
+    # What belongs to single tasks, or chooses a structure, is not drawn to zero.
+    decays = {"adapter": args.weight_decay, "prompt": args.weight_decay}
+    return [
+        {"name": name, "params": trainable, "lr": own[name], "weight_decay": decays.get(name, 0.0)}
+        for name in ("adapter", "adapter per task", "prompt", "prompt per task", "architecture")
+        if (trainable := [p for p in parts[name] if p.requires_grad])
+    ]
 
 
 def learning_rates(trainer: MultiTaskTrainer) -> dict[str, float]:
