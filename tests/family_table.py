@@ -2,10 +2,7 @@
 
 from typing import NamedTuple
 
-import transformers as hf
-
-from families import ENCODERS, FAMILIES
-from models import VOCABULARY
+from families import ENCODER_DECODERS, ENCODERS, FAMILIES
 
 ATTENTIONS = ("sdpa", "eager")
 
@@ -43,6 +40,11 @@ NO_PACKING = Cell(
     "the model does not tell packed texts apart: give each a row of its own, or a 4D mask",
     "does not keep texts apart that are packed into one row",
 )
+NO_REQUESTS = Cell(
+    "refused",
+    "transformers' continuous batching is made for decoders alone",
+    "continuous batching serves no encoder-decoder models",
+)
 
 CELLS: dict[tuple[str, str, str], Cell] = {}
 for _feature in FEATURES:
@@ -56,31 +58,13 @@ for _attention in ATTENTIONS:
     CELLS["opt", _attention, "packing"] = NO_PACKING
 CELLS["gpt_oss", "eager", "packing"] = NO_PACKING
 for _attention in ATTENTIONS:
-    CELLS["bert", _attention, "left padding"] = NO_LEFT
-
-ENCODER_DECODERS = {
-    "T5": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(vocab_size=VOCABULARY, d_model=24, d_kv=6, d_ff=20, num_layers=1, num_heads=3)
-    ),
-    "BART": lambda: hf.BartForConditionalGeneration(
-        hf.BartConfig(
-            vocab_size=VOCABULARY,
-            d_model=24,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=3,
-            decoder_attention_heads=3,
-            encoder_ffn_dim=20,
-            decoder_ffn_dim=20,
-            max_position_embeddings=64,
-            pad_token_id=1,
-            bos_token_id=2,
-            eos_token_id=3,
-            decoder_start_token_id=3,
-            forced_eos_token_id=3,
-        )
-    ),
-}
+    for _family in ("bert", "minilm"):
+        CELLS[_family, _attention, "left padding"] = NO_LEFT
+for _attention in ATTENTIONS:
+    CELLS["bart", _attention, "left padding"] = NO_LEFT
+    for _family in ENCODER_DECODERS:
+        CELLS[_family, _attention, "packing"] = NO_PACKING
+        CELLS[_family, _attention, "continuous batching"] = NO_REQUESTS
 
 
 def page() -> str:
@@ -107,10 +91,6 @@ def page() -> str:
             number = "" if cell is None else f" [{notes.setdefault(cell.why, len(notes) + 1)}]"
             row.append((", ".join(works) or cell.mark) + number)
         lines.append(f"| {family.title} | {' | '.join(row)} |")
-    why = "encoder-decoder models are refused by name with a prompt: use an adapter without one"
-    for title in ENCODER_DECODERS:
-        cells_of_row = [f"refused [{notes.setdefault(why, len(notes) + 1)}]"] * len(FEATURES)
-        lines.append(f"| {title} | {' | '.join(cells_of_row)} |")
     lines += ["", "What the columns are:", "", *(f"- **{name}**: {what}." for name, what in FEATURES.items())]
     lines += ["", "Where a cell does not simply work:", "", *(f"{number}. {note}." for note, number in notes.items())]
     return "\n".join([*lines, *LIMITS]) + "\n"

@@ -7,13 +7,14 @@ real tokens keep their positions, and gradient checkpointing, packing, static ca
 """
 
 from peml.attention.host import PromptHost, install, uninstall
-from peml.attention.switch import engage, hosts_prompts, named_for_paging, packs
+from peml.attention.switch import check_paging, engage, hosts_prompts, named_for_paging, packs
 from peml.attention.twin import TWIN, attend
 
 __all__ = [
     "TWIN",
     "PromptHost",
     "attend",
+    "check_paging",
     "engage",
     "hosts_prompts",
     "install",
