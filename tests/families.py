@@ -249,6 +249,27 @@ FAMILIES: dict[str, Family] = {
         encoder=1,
         slots=5,
     ),
+    "mt5": Family(
+        "mT5, gated feed-forward",
+        hf.MT5ForConditionalGeneration,
+        lambda: hf.MT5Config(**T5, feed_forward_proj="gated-gelu"),
+        encoder=2,
+        slots=6,
+    ),
+    "mbart": Family(
+        "mBART, normalised first",
+        hf.MBartForConditionalGeneration,
+        lambda: hf.MBartConfig(**BART),
+        encoder=1,
+        slots=5,
+    ),
+    "marian": Family(
+        "Marian, sinusoidal positions",
+        hf.MarianMTModel,
+        lambda: hf.MarianConfig(**BART, decoder_vocab_size=VOCABULARY),
+        encoder=1,
+        slots=5,
+    ),
 }
 
 DECODERS = [name for name, family in FAMILIES.items() if family.decoder]

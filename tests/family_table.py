@@ -40,6 +40,11 @@ NO_PACKING = Cell(
     "the model does not tell packed texts apart: give each a row of its own, or a 4D mask",
     "does not keep texts apart that are packed into one row",
 )
+NO_POSITIONS = Cell(
+    "refused",
+    "the model reads no position ids, so that nothing would keep packed texts apart: give each a row of its own",
+    NO_PACKING.refusal,
+)
 NO_REQUESTS = Cell(
     "refused",
     "transformers' continuous batching is made for decoders alone",
@@ -61,9 +66,10 @@ for _attention in ATTENTIONS:
     for _family in ("bert", "minilm"):
         CELLS[_family, _attention, "left padding"] = NO_LEFT
 for _attention in ATTENTIONS:
-    CELLS["bart", _attention, "left padding"] = NO_LEFT
+    for _family in ("bart", "mbart", "marian"):
+        CELLS[_family, _attention, "left padding"] = NO_LEFT
     for _family in ENCODER_DECODERS:
-        CELLS[_family, _attention, "packing"] = NO_PACKING
+        CELLS[_family, _attention, "packing"] = NO_POSITIONS
         CELLS[_family, _attention, "continuous batching"] = NO_REQUESTS
 
 
