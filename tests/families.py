@@ -322,9 +322,7 @@ def visible(name: str, layer: int, queries: int, keys: int) -> Tensor:
     return seen
 
 
-def logits(
-    name: str, row: Tensor, prefix: Sequence[references.Prefix | None], target: Tensor | None = None
-) -> Tensor:
+def logits(name: str, row: Tensor, prefix: Sequence[references.Prefix | None], target: Tensor | None = None) -> Tensor:
     """Logits `[S, V]` of one text (of an encoder-decoder: of the target), alone and unpadded."""
     global _BY_LOOPS
     layers = iter(range(10**6))

@@ -6,6 +6,7 @@ Letters: `B` rows, `H` heads, `S` queries, `K` keys, `P` prefix tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,5 +64,11 @@ def _behind(mask: BlockMask, p: int) -> BlockMask:
         rows, heads = mask.kv_num_blocks.shape[:2]
         queries, keys = mask.seq_lengths
         device = mask.kv_num_blocks.device
-        known[p] = create_block_mask(visible, rows, heads, queries, keys + p, device=device, _compile=True)
+        known[p] = _create()(visible, rows, heads, queries, keys + p, device=device)
     return known[p]
+
+
+@cache
+def _create() -> Callable[..., BlockMask]:
+    # Uncompiled, a mask of all queries and keys would be made on the way. Not at import, which the compiler slows.
+    return torch.compile(create_block_mask)

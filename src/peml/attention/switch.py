@@ -50,7 +50,9 @@ def check_paging(model: nn.Module) -> None:
     assert host is not None and isinstance(model, PreTrainedModel)
     name = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise PemlError(f"continuous batching serves no encoder-decoder models such as {name}: call generate(tasks=...)")
+        raise PemlError(
+            f"continuous batching serves no encoder-decoder models such as {name}: call generate(tasks=...)"
+        )
     if twinned(model.config._attn_implementation) in APART:
         raise PemlError(
             f"continuous batching with a prefix does not go through {host.implementation!r}: call "
