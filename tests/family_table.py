@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from families import ENCODER_DECODERS, ENCODERS, FAMILIES
+from zoo import ENCODER_DECODERS, ENCODERS, FAMILIES
 
 ATTENTIONS = ("sdpa", "eager")
 

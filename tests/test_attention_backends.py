@@ -1,73 +1,25 @@
 """A prefix in flex attention and in flash attention 2, as far as a CPU can tell; the rest is for a GPU."""
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import families
 import peml
-from families import FAMILIES, NEW, PROMPTS, asked, asked_padded, made, prefix_of, targets, texts
+import zoo
+from backend_kit import FLASH, WARNINGS, without_a_compiler_or_a_kernel  # noqa: F401
+from families import NEW, PROMPTS, asked, asked_padded, made, prefix_of, targets, texts
 from family_table import BACKEND_FAMILIES, BACKENDS, NO_PACKING, backend_cells
 from models import adapt, assert_same, gradients, probe_loss
 from peml import PemlError
 from test_families import close, expected_greedy, expected_logits, generated, new_tokens
 
 ROW_TASKS = ["cola", "rte"]
-FLASH = "flash_attention_2"
 
 
-def flash_by_loops(
-    module, query, key, value, mask=None, dropout=0.0, scaling=None, sliding_window=None, softcap=None, is_causal=None,
-    **kwargs,
-):  # fmt: skip
-    """What flash attention 2 computes of what transformers gives it, padding included.
-
-    Keys beyond the mask are dropped, as are padded keys and queries; of a row's queries the last sees all its keys.
-    """
-    assert module.config._attn_implementation == FLASH, "kernels are looked up by this name"
-    assert sliding_window is None or key.shape[2] <= sliding_window, "the window would be applied"
-    assert not kwargs.get("cu_seq_lens_q") and kwargs.get("position_ids") is None
-    rows, heads, queries, _ = query.shape
-    mask = torch.ones(rows, key.shape[2], dtype=torch.bool) if mask is None else mask.bool()
-    asking = mask[:, -queries:] if queries > 1 else torch.ones(rows, 1, dtype=torch.bool)
-    asking = mask if queries == mask.shape[1] else asking
-    output = torch.zeros(rows, queries, heads, value.shape[3], dtype=query.dtype)
-    causal = module.is_causal if is_causal is None else is_causal
-    for b in range(rows):
-        kept, asked_by = mask[b].nonzero()[:, 0], asking[b].nonzero()[:, 0]
-        for i, s in enumerate(asked_by):
-            last = len(kept) - len(asked_by) + i + 1 if causal else len(kept)
-            for h in range(heads):
-                group = h // (heads // key.shape[1])
-                scores = key[b, group, kept[:last]] @ query[b, h, s] * scaling
-                scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-                output[b, s, h] = torch.softmax(scores, 0) @ value[b, group, kept[:last]]
-    return output, None
-
-
-@pytest.fixture(autouse=True)
-def _without_a_compiler_or_a_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Flex attention uncompiled, which has double precision, and flash attention in loops."""
-    if any(request.node.get_closest_marker(mark) for mark in ("gpu", "slow")):
-        yield
-        return
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, FLASH, flash_by_loops)
-    monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", lambda self, name, **kwargs: name)
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
-    # Of transformers, as it makes its masks, and of torch, as it begins to compile.
-    pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
-]
+pytestmark = WARNINGS
 
 
 def cells(feature: str):
@@ -142,7 +94,7 @@ def test_static_cache(family: str, backend: str) -> None:
     assert torch.equal(new_tokens(model, texts()[0][None], **call)[0], wanted[0])
 
 
-@pytest.mark.parametrize("family", [f for f in BACKEND_FAMILIES if f not in families.ENCODERS])
+@pytest.mark.parametrize("family", [f for f in BACKEND_FAMILIES if f not in zoo.ENCODERS])
 def test_transformers_has_no_static_cache_for_flex_attention(family: str) -> None:
     """The plain model fails where masks are prepared for compiled steps."""
     with pytest.raises(AttributeError, match="BlockMask"):
@@ -229,84 +181,6 @@ def test_layers_share_the_masks_of_flex_attention(monkeypatch: pytest.MonkeyPatc
     assert len(made_masks) == 3
 
 
-# What flash attention refuses.
-
-
-def test_flash_attention_refuses_gates() -> None:
-    model = made("llama", FLASH, "gated")
-    with pytest.raises(PemlError, match="flash_attention_2 cannot weigh prefix tokens with gates"):
-        model(input_ids=texts()[0][None])
-    model = adapt(families.build("llama", FLASH), prompt=peml.PrefixNAS(num_virtual_tokens=3, num_cells=1, width=8))
-    with pytest.raises(PemlError, match="or use a prompt without gates"):
-        model(input_ids=texts()[0][None])
-
-
-def test_flash_attention_refuses_windows_that_would_hide_the_prefix() -> None:
-    model = made("mistral", FLASH, "shared")
-    with pytest.raises(PemlError, match=r"sliding window of 3 tokens \(3 of the prefix and 4 of text\)"):
-        model(input_ids=texts()[0][None])
-    with model.disable_adapter(), pytest.raises(AssertionError, match="the window would be applied"):
-        model(input_ids=texts()[0][None])
-
-
-@torch.no_grad()
-def test_flash_attention_takes_windows_that_hold_everything() -> None:
-    base = families.build("mistral", FLASH)
-    base.config.sliding_window = 9
-    for layer in base.model.layers:
-        layer.self_attn.sliding_window = 9
-    model, row = adapt(base, prompt=peml.PrefixTuning(3)), texts()[1]
-    found = model(input_ids=row[None]).logits
-    base.set_attn_implementation("sdpa")
-    close(found, model(input_ids=row[None]).logits, "sdpa")
-    base.set_attn_implementation(FLASH)
-    with pytest.raises(PemlError, match="sliding window of 9 tokens"):
-        model(input_ids=torch.cat([row, row[:1]])[None])
-
-
-@pytest.mark.parametrize("how", ["position_ids", "with a mask of ones", "cu_seq_lens"])
-def test_flash_attention_refuses_packed_rows(how: str) -> None:
-    model, row = made("llama", FLASH, "shared"), texts()[1]
-    call = {"input_ids": row[None], "use_cache": False, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
-    if how == "with a mask of ones":
-        call["attention_mask"] = torch.ones(1, 6, dtype=torch.long)
-    if how == "cu_seq_lens":
-        lengths = torch.tensor([0, 3, 6], dtype=torch.int32)
-        call |= {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 3, "max_length_k": 3}
-        call["position_ids"] = torch.arange(6)[None]
-    with pytest.raises(PemlError, match="gives a prefix to the first of the texts packed into one row only"):
-        model(**call)
-
-
-def test_flash_attention_refuses_chunks() -> None:
-    from peml.attention import flash
-
-    class Config:
-        attention_chunk_size = 4
-
-    assert flash.mask(1, 4, 4, config=Config()) is None
-    with pytest.raises(PemlError, match=r"cannot attend in chunks \(4 tokens, of 5\)"):
-        flash.mask(1, 5, 5, config=Config())
-
-
-def test_flash_attention_refuses_encoder_decoders() -> None:
-    """At once, and when it is chosen later."""
-    base = families.build("bart", FLASH)
-    with pytest.raises(PemlError, match="BartForConditionalGeneration cannot take a prefix with flash_attention_2"):
-        adapt(base, prompt=peml.PrefixTuning(2))
-    assert base.config._attn_implementation == FLASH
-    model = made("bart", "sdpa", "shared")
-    model.base_model.model.set_attn_implementation(FLASH)
-    with pytest.raises(PemlError, match="cannot take a prefix with flash_attention_2"):
-        model(input_ids=texts()[0][None])
-
-
-def test_flash_attention_refuses_masks_aligned_at_the_first_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peml.attention.flash.flash_attn_supports_top_left_mask", lambda: True)
-    with pytest.raises(PemlError, match="aligns causal masks at the first key"):
-        adapt(families.build("llama", FLASH), prompt=peml.PrefixTuning(2))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_continuous_batching_is_refused(family: str, backend: str) -> None:
@@ -358,8 +232,8 @@ def on_gpu(backend: str, prompt, dtype: torch.dtype) -> tuple:
     models = []
     for attention in (backend, "sdpa"):
         torch.manual_seed(0)
-        base = FAMILIES["llama"].model._from_config(
-            type(FAMILIES["llama"].config())(**families.LLAMA | {"hidden_size": 64, "head_dim": 16}),
+        base = zoo.FAMILIES["llama"].model._from_config(
+            type(zoo.FAMILIES["llama"].config())(**zoo.LLAMA | {"hidden_size": 64, "head_dim": 16}),
             attn_implementation=attention,
         )
         models.append(adapt(base.to("cuda", dtype).eval(), prompt=prompt))

@@ -15,6 +15,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
 import families
 import peml
+import zoo
 from families import batched, made, padded, prefix_of, texts
 from models import VOCABULARY, adapt, shake, tiny
 from peml import PemlError, attention
@@ -102,7 +103,7 @@ def test_continuous_batching_without_the_prefix() -> None:
 @torch.no_grad()
 def test_models_that_count_their_own_positions() -> None:
     """RoBERTa starts behind the number of its padding token, as a decoder too."""
-    config = RobertaConfig(**families.BERT, is_decoder=True)
+    config = RobertaConfig(**zoo.BERT, is_decoder=True)
     base = RobertaForCausalLM._from_config(config, attn_implementation="sdpa").double().eval()
     shake(base.parameters(), 0.2)
     model, (ids, mask) = adapt(base, prompt=peml.PrefixTuning(3)), padded(texts(), "left")

@@ -3,12 +3,24 @@
 import pytest
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import (
+    BartForSequenceClassification,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    LongT5Config,
+    LongT5ForConditionalGeneration,
+    PreTrainedModel,
+    T5ForSequenceClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 import families
 import peml
-from families import ENCODER_DECODERS, asked_padded, made, padded, prefix_of, targets, texts
-from models import TASKS, adapt, assert_same, gradients
+import zoo
+from families import asked_padded, made, padded, prefix_of, targets, texts
+from models import TASKS, adapt, assert_same, gradients, shake
 from peml import PemlError
 
 ROW_TASKS = ["cola", "rte"]
@@ -43,7 +55,7 @@ def test_slots_are_the_encoder_then_each_layer_of_the_decoder() -> None:
 @pytest.mark.parametrize("kind", ["encoder", "decoder", "cross"])
 @torch.no_grad()
 def test_a_prefix_in_one_kind_of_attention(family: str, kind: str) -> None:
-    encoder, slots = families.FAMILIES[family].encoder, families.FAMILIES[family].slots
+    encoder, slots = zoo.FAMILIES[family].encoder, zoo.FAMILIES[family].slots
     kinds = ["encoder"] * encoder + ["decoder", "cross"] * ((slots - encoder) // 2)
     base = families.build(family, "sdpa")
     model = adapt(base, prompt=peml.PrefixTuning(tuple(2 * (kind == found) for found in kinds), per_task=True))
@@ -117,7 +129,7 @@ def test_an_adapter_and_a_prefix_per_task(family: str, settings: dict) -> None:
         assert torch.equal(found[i * each : (i + 1) * each], alone)
 
 
-@pytest.mark.parametrize("family", ENCODER_DECODERS)
+@pytest.mark.parametrize("family", zoo.ENCODER_DECODERS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
 def test_a_decoder_that_is_given_its_first_words(family: str, attention: str, cache: str) -> None:
@@ -132,6 +144,49 @@ def test_a_decoder_that_is_given_its_first_words(family: str, attention: str, ca
     settings |= {"cache_implementation": "static"} if cache == "static" else {}
     found = model.generate(row[None], decoder_input_ids=first[None], **settings)
     assert torch.equal(found[0], grown)
+
+
+@torch.no_grad()
+def test_classifiers_that_want_an_end_of_text() -> None:
+    """The model looks for it already when its attention layers are counted."""
+    for family, kind in (("t5", T5ForSequenceClassification), ("bart", BartForSequenceClassification)):
+        config = zoo.FAMILIES[family].config()
+        config.eos_token_id = 2
+        base = kind(config).double().eval()
+        shake(base.parameters(), 0.2)
+        model = adapt(base, prompt=peml.PrefixTuning(2, per_task=True))
+        assert len(base.prompt_host.slots) == zoo.FAMILIES[family].slots
+        ids, mask = padded([torch.cat([row, torch.tensor([2])]) for row in texts()], "right")
+        found = model(input_ids=ids, attention_mask=mask, tasks=ROW_TASKS).logits
+        alone = model(input_ids=ids[:1, :5], tasks=ROW_TASKS[0]).logits
+        close(found[:1], alone)
+        with model.disable_adapter():
+            assert not torch.allclose(model(input_ids=ids[:1, :5]).logits, alone, rtol=1e-2, atol=1e-2)
+
+
+def test_models_that_would_be_reached_in_part_or_not_at_all() -> None:
+    long = LongT5ForConditionalGeneration(LongT5Config(**zoo.T5))
+    with pytest.raises(PemlError, match="LongT5ForConditionalGeneration cannot take a prefix: its encoder has an att"):
+        adapt(long, prompt=peml.PrefixTuning(2))
+    config = WhisperConfig(**zoo.BART, max_source_positions=8, max_target_positions=8)
+    with pytest.raises(PemlError, match="WhisperForConditionalGeneration cannot take a prefix: a forward with two tok"):
+        adapt(WhisperForConditionalGeneration(config), prompt=peml.PrefixTuning(2))
+    assert not long.config._attn_implementation.startswith("peml")
+
+
+def test_two_models_in_one() -> None:
+    """An encoder and a decoder that were made for themselves."""
+    parts = [BertConfig(**zoo.BERT) for _ in range(2)]
+    base = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*parts)).double().eval()
+    base.config.decoder_start_token_id, base.config.pad_token_id = 3, 1
+    base.generation_config.decoder_start_token_id, base.generation_config.pad_token_id = 3, 1
+    model = adapt(base, prompt=peml.PrefixTuning(2, per_task=True))
+    assert len(base.prompt_host.slots) == 6
+    ids, mask = padded(texts(), "right")
+    call = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    found = model.generate(ids, attention_mask=mask, tasks=ROW_TASKS, **call)
+    for i, (row, task) in enumerate(zip(texts(), ROW_TASKS, strict=True)):
+        assert torch.equal(found[i], model.generate(row[None], tasks=task, use_cache=False, **call)[0])
 
 
 def test_an_assistant() -> None:

@@ -14,8 +14,6 @@ from torch import Tensor
 import families
 import peml
 from families import (
-    ENCODERS,
-    FAMILIES,
     NEW,
     PROMPTS,
     asked,
@@ -30,6 +28,7 @@ from families import (
 from family_table import ATTENTIONS, CELLS, NO_SDPA, page
 from models import assert_same, gradients, probe_loss
 from peml import PemlError
+from zoo import ENCODERS, FAMILIES
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 SEARCHED = peml.PrefixNAS(num_virtual_tokens=3, num_cells=1, width=8, embedding_dim=4, head_rank=4, gate_init=0.5)

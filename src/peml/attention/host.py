@@ -92,6 +92,11 @@ def install(model: nn.Module) -> PromptHost:
         seen = _probe(model)
         if not seen:
             raise refusal
+        if model.config.is_encoder_decoder and not _reaches_encoder(model, seen):
+            raise PemlError(
+                f"{name} cannot take a prefix: its encoder has an attention of its own, which does not go through "
+                "transformers' AttentionInterface; use an adapter without a prompt for this model"
+            )
         # A layer that the model calls several times (ALBERT) is one slot: its prefix serves every call.
         found = list({id(entry.module): entry for entry in seen}.values())
         for entry in found:
@@ -133,14 +138,29 @@ def _probe(model: PreTrainedModel, **inputs: Any) -> list[Seen]:
         given = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=model.device)}
         masks = {"attention_mask": mask} if model.device.type == "meta" else {}
         if model.config.is_encoder_decoder:
+            end = getattr(model.config, "eos_token_id", None)
+            # Classifiers of this kind read what the decoder says at the end of the text.
+            given = {name: ids + end for name, ids in given.items()} if isinstance(end, int) else given
             given["decoder_input_ids"] = given["input_ids"]
             masks |= {f"decoder_{name}": part for name, part in masks.items()}
         model(**given, **masks, **inputs)
+    except PemlError:
+        raise
+    except Exception as error:
+        raise PemlError(
+            f"{type(model).__name__} cannot take a prefix: a forward with two tokens, which finds its attention "
+            f"layers, failed with {error!r}; use an adapter without a prompt for this model"
+        ) from error
     finally:
         for module in training:
             module.training = True
         PROBE.reset(token)
     return seen
+
+
+def _reaches_encoder(model: PreTrainedModel, seen: Sequence[Seen]) -> bool:
+    inside = {id(module) for module in model.get_encoder().modules()}
+    return any(id(entry.module) in inside for entry in seen)
 
 
 def _packs(model: PreTrainedModel) -> bool:
