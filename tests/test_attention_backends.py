@@ -218,6 +218,7 @@ def test_every_implementation_may_be_switched_to() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler has its own
 @torch.no_grad()
 def test_flex_attention_compiled() -> None:
     model, (call, mask) = made("llama", "flex_attention", "per task, gated").float(), asked_padded("llama", "left")
@@ -241,6 +242,7 @@ def on_gpu(backend: str, prompt, dtype: torch.dtype) -> tuple:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("prompt", ["shared", "gated", "per task, gated", "searched"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flex_attention_on_a_gpu(prompt: str, checkpointing: bool) -> None:

@@ -104,6 +104,21 @@ def test_the_encoder_keeps_its_prefix_when_attention_is_switched(family: str) ->
 
 
 @few
+@pytest.mark.parametrize("part", ["get_encoder", "get_decoder"])
+@torch.no_grad()
+def test_a_part_whose_attention_is_switched_keeps_its_prefix(family: str, part: str) -> None:
+    model, row, target = made(family, "sdpa", "gated"), texts()[1], targets(family)[1]
+    wanted = families.logits(family, row, prefix_of(model, "cola"), target)
+    call = {"input_ids": row[None], "decoder_input_ids": target[None]}
+    for name in ("eager", "sdpa"):
+        getattr(base_of(model), part)().set_attn_implementation(name)
+        torch.testing.assert_close(model(**call).logits[0], wanted, rtol=1e-5, atol=1e-5)
+    getattr(base_of(model), part)().set_attn_implementation("by_loops")
+    with pytest.raises(PemlError, match="switched to attention 'by_loops', which cannot take its prefix"):
+        model(**call)
+
+
+@few
 @torch.no_grad()
 def test_an_encoder_called_alone_would_lose_its_prefix(family: str) -> None:
     model, row = made(family, "sdpa", "per task"), texts()[0]

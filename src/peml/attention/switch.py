@@ -26,8 +26,10 @@ def engage(model: nn.Module) -> None:
     if host is None:
         return
     assert isinstance(model, PreTrainedModel)
-    found = model.config._attn_implementation
-    if found == twin_of(host.implementation):
+    parts = (model, model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model,)
+    names = (part.config._attn_implementation for part in parts)
+    found = next((name for name in names if name != twin_of(host.implementation)), None)
+    if found is None:
         return
     wanted = twinned(found)
     if wanted not in MASKS:
