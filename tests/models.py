@@ -118,10 +118,10 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor], atol: float = 1e-10) -> None:
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor], atol: float = 1e-10, rtol: float = 1e-9) -> None:
     """Two sets of gradients are equal."""
     assert left.keys() == right.keys()
     for name in left:
         torch.testing.assert_close(
-            left[name], right[name], rtol=1e-9, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+            left[name], right[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
         )

@@ -174,6 +174,32 @@ def prefix_tuning(tensors: Tensors, settings: Settings, shapes: Sequence[tuple[i
     return layers
 
 
+def prompt_tuning(tensors: Tensors, settings: Settings, task: int) -> Tensor:
+    """Q, or Q_t."""
+    return tensors["tokens"][task if settings["per_task"] else 0]
+
+
+def multitask_prompt(tensors: Tensors, settings: Settings, task: int) -> Tensor:
+    """Q .* sum over ranks of u v'."""
+    u, v = tensors["by_token"][task], tensors["by_feature"][task]
+    factor = sum(torch.outer(u[:, r], v[r]) for r in range(settings["num_ranks"]))
+    return tensors["shared"] * factor
+
+
+def deep_multitask(tensors: Tensors, settings: Settings, shapes: Sequence[tuple[int, int]], task: int):
+    """K .* (u v') and V .* (u v') in every layer."""
+    layers = []
+    for layer, (heads, size) in enumerate(shapes):
+        both = []
+        for kind in range(2):
+            u, v = tensors[f"by_token.{layer}"][task, kind], tensors[f"by_feature.{layer}"][task, kind]
+            factor = sum(torch.outer(u[:, r], v[r]) for r in range(settings["num_ranks"]))
+            flat = tensors[f"shared.{layer}"][kind] * factor
+            both.append(torch.stack([flat[:, h * size : (h + 1) * size] for h in range(heads)]))
+        layers.append((*both, torch.zeros(settings["num_virtual_tokens"], dtype=both[0].dtype)))
+    return layers
+
+
 def prefix_nas(tensors: Tensors, settings: Settings, shapes: Sequence[tuple[int, int]], task: int):
     """Seed, cells and head; before the search is over every operation runs, afterwards the chosen one."""
     operations, searching = settings["operations"], bool(tensors["choice"][0] < 0)
@@ -256,7 +282,14 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensors], Tensor]] = {
     ),
 }
 
-PROMPTS: dict[str, Callable[..., list[Prefix | None]]] = {"PrefixTuning": prefix_tuning, "PrefixNAS": prefix_nas}
+PROMPTS: dict[str, Callable[..., list[Prefix | None]]] = {
+    "PrefixTuning": prefix_tuning,
+    "PrefixNAS": prefix_nas,
+    "MultitaskPrompt": deep_multitask,
+}
+
+SOFT: dict[str, Callable[..., Tensor]] = {"PromptTuning": prompt_tuning, "MultitaskPrompt": multitask_prompt}
+"""Prompts at the input: `[P, E]` of one task."""
 
 
 # A whole model.

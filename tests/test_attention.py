@@ -13,7 +13,7 @@ import references
 from models import TASKS, adapt, gpt2, llama, probe_loss, qwen3, shake, tiny, tokens
 from peml import PemlError, attention, routing
 from peml.attention import PromptHost, attend
-from peml.prompts import AttentionSlot, LayerPrefix
+from peml.prompts import AttentionSlot, LayerPrefix, ModelShape
 from peml.routing import Forward, Route
 
 B, H, KV, D, P = 3, 4, 2, 6, 3
@@ -26,7 +26,7 @@ class Layer(nn.Module):
         super().__init__()
         self.is_causal = is_causal
         self.num_key_value_groups = H // KV
-        host = PromptHost([AttentionSlot(KV, D)], "sdpa", is_causal)
+        host = PromptHost(ModelShape((AttentionSlot(KV, D),), 24), "sdpa", is_causal)
         host.peml_prompt["default"] = nn.Identity()
         host.set_adapter("default")
         self._peml_slot = (0, host)
@@ -253,6 +253,8 @@ def test_installing_twice_over_a_life() -> None:
 
 def test_gates_start_as_stated() -> None:
     """The whole prefix weighs as much as e^-c tokens of equal score."""
-    prompt = peml.PrefixNAS(num_virtual_tokens=16, gate_init=2.0).build([AttentionSlot(KV, D)], len(TASKS))
+    prompt = peml.PrefixNAS(num_virtual_tokens=16, gate_init=2.0).build(
+        ModelShape((AttentionSlot(KV, D),), 24), len(TASKS)
+    )
     weight = prompt.log_gates().exp().sum().item()
     assert weight == pytest.approx(math.exp(-2.0), rel=0.03)

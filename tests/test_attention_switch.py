@@ -35,6 +35,22 @@ def test_another_implementation_keeps_the_prefix(start: str) -> None:
 
 
 @torch.no_grad()
+def test_soft_tokens_are_run_after_a_switch_too() -> None:
+    """They are what their keys and values come from, before the text is read."""
+    model, row = adapt(families.build("llama", "sdpa"), prompt=peml.PromptTuning(3)), texts()[0]
+    wanted = model(input_ids=row[None]).logits
+    with model.disable_adapter():
+        assert not torch.allclose(model(input_ids=row[None]).logits, wanted, rtol=1e-2, atol=1e-2)
+    call = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    for name in ("eager", "sdpa"):
+        model.base_model.model.set_attn_implementation(name)
+        torch.testing.assert_close(model(input_ids=row[None]).logits, wanted, rtol=1e-5, atol=1e-5)
+        model.base_model.model.set_attn_implementation(name)
+        found = model.generate(row[None], **call).logits[0]
+        torch.testing.assert_close(found.double(), wanted[:, -1], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_an_implementation_without_a_twin_is_refused() -> None:
     model, row = made("llama", "sdpa", "shared"), texts()[0]
     base: PreTrainedModel = model.base_model.model

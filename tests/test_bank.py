@@ -144,9 +144,10 @@ def test_counts_on_llama_2_7b(config, per_linear: int, total: int) -> None:
 
 def test_a_collapsed_prefix_counts_as_its_table() -> None:
     model = adapt(tiny(), prompt=peml.PrefixNAS(4, 1, 8, 4, 4), after=lambda tuner: tuner.collapse_prompt())
-    config, slots = model.peft_config["default"].prompt, model.base_model.model.prompt_host.slots
+    config, shape = model.peft_config["default"].prompt, model.base_model.model.prompt_host.shape
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == config.num_parameters(slots, 3) == sum(config.num_virtual_tokens[0] * s.width for s in slots)
+    assert trained == config.num_parameters(shape, 3)
+    assert trained == sum(config.num_virtual_tokens[0] * s.width for s in shape.slots)
     model(input_ids=tokens())
 
 

@@ -60,7 +60,10 @@ def test_every_part_is_frozen_and_documented(kind: type) -> None:
             {"task_names": ["a"], "adapter": PrefixTuning()},
             "adapter must be one of LoRA, .*, HydraLoRA, not PrefixTuning",
         ),
-        ({"task_names": ["a"], "prompt": peml.LoRA()}, "prompt must be one of PrefixTuning, PrefixNAS, not LoRA"),
+        (
+            {"task_names": ["a"], "prompt": peml.LoRA()},
+            "prompt must be one of PrefixTuning, PrefixNAS, PromptTuning, MultitaskPrompt, not LoRA",
+        ),
         ({"task_names": ["a"], "adapter": {"type": "Lora"}}, "unknown type 'Lora'; choose from LoRA, SingleTaskLoRA"),
         ({"task_names": ["a"], "adapter": {"r": 8}}, "unknown type None"),
         ({"task_names": ["a"], "adapter": {"type": "LoRA", "rank": 8}}, "adapter.rank is not a setting of LoRA"),

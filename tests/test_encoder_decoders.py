@@ -179,6 +179,14 @@ def test_classifiers_that_want_an_end_of_text() -> None:
             assert not torch.allclose(model(input_ids=ids[:1, :5]).logits, alone, rtol=1e-2, atol=1e-2)
 
 
+@few
+def test_prompts_at_the_input_are_refused(family: str) -> None:
+    base = families.build(family, "sdpa")
+    with pytest.raises(PemlError, match="its encoder looks both ways; use PrefixTuning"):
+        adapt(base, prompt=peml.PromptTuning(2))
+    assert base.config._attn_implementation == "sdpa"
+
+
 def test_models_that_would_be_reached_in_part_or_not_at_all() -> None:
     long = LongT5ForConditionalGeneration(LongT5Config(**zoo.T5))
     with pytest.raises(PemlError, match="LongT5ForConditionalGeneration cannot take a prefix: its encoder has an att"):

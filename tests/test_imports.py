@@ -30,6 +30,7 @@ ROOMS = [
     "attached",
     "merging",
     "growth",
+    "prompting",
     "tuner",
     "_peft",
     "methods",

@@ -10,15 +10,16 @@ import peml
 import references
 from models import adapt, gradients, probe_loss, shake, tiny, tokens
 from peml import PemlError
-from peml.prompts import AttentionSlot, PrefixGenerator, PrefixNAS
+from peml.prompts import AttentionSlot, ModelShape, PrefixGenerator, PrefixNAS
 from peml.prompts.operations import DEFAULT_OPERATIONS, OPERATIONS, operation_parameters
 
-SLOTS = [AttentionSlot(2, 3), AttentionSlot(1, 5), AttentionSlot(2, 3)]
+SLOTS = (AttentionSlot(2, 3), AttentionSlot(1, 5), AttentionSlot(2, 3))
+SHAPE = ModelShape(SLOTS, 24)
 SMALL = PrefixNAS(num_virtual_tokens=5, num_cells=2, width=9, embedding_dim=4, head_rank=3, budget_tokens=2.0)
 
 
 def generator(shaken: bool = True, **changes) -> PrefixGenerator:
-    prompt = dataclasses.replace(SMALL, **changes).build(SLOTS, num_tasks=3).double()
+    prompt = dataclasses.replace(SMALL, **changes).build(SHAPE, num_tasks=3).double()
     if shaken:
         shake(prompt.parameters(), 0.4)
     return prompt
@@ -81,16 +82,16 @@ def test_any_set_of_operations_trains(operations: tuple[str, ...]) -> None:
 
 def test_the_formula_of_the_defaults() -> None:
     """Search of LLaMA-2-7B: head 16.8 M, one whole cell 2.89 M; 16 tokens deploy 4.2 M numbers."""
-    slots, config = [AttentionSlot(32, 128)] * 32, PrefixNAS()
+    shape, config = ModelShape((AttentionSlot(32, 128),) * 32, 4096), PrefixNAS()
     head = 512 * 64 + 64 * 32 * 8192
     cell = sum(operation_parameters(name, 32, 512) for name in config.operations)
     assert round(head / 1e6, 1) == 16.8 and round(cell / 1e6, 2) == 2.89
     assert operation_parameters("mlp_gelu_h", 32, 512) == 524_288
     rest = 32 * 256 + 256 * 512 + 2 * len(config.operations) + 32 * 32 + 32
-    assert config.num_parameters(slots, 8) == head + 2 * cell + rest
-    assert peml.PrefixTuning(16).num_parameters(slots, 8) == 16 * 32 * 8192 == 4_194_304
-    assert peml.PrefixTuning(20).num_parameters(slots, 8) == 32 * 163_840
-    assert peml.PrefixTuning(20, per_task=True).num_parameters(slots, 8) == 8 * 32 * 163_840
+    assert config.num_parameters(shape, 8) == head + 2 * cell + rest
+    assert peml.PrefixTuning(16).num_parameters(shape, 8) == 16 * 32 * 8192 == 4_194_304
+    assert peml.PrefixTuning(20).num_parameters(shape, 8) == 32 * 163_840
+    assert peml.PrefixTuning(20, per_task=True).num_parameters(shape, 8) == 8 * 32 * 163_840
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_the_formula_of_the_defaults() -> None:
 )
 def test_the_count_is_the_formula(changes: dict) -> None:
     config = dataclasses.replace(SMALL, **changes)
-    assert sum(p.numel() for p in config.build(SLOTS, 3).parameters()) == config.num_parameters(SLOTS, 3)
+    assert sum(p.numel() for p in config.build(SHAPE, 3).parameters()) == config.num_parameters(SHAPE, 3)
 
 
 # The search
@@ -327,7 +328,7 @@ def test_collapsing_keeps_what_the_generator_gives(state: str) -> None:
     compare(table(None), prompt(None), exactly=True)
     assert config.gated == (state != "unit") and not config.per_task
     assert config.num_virtual_tokens == prompt.architecture().lengths
-    assert sum(p.numel() for p in table.parameters()) == config.num_parameters(SLOTS, 3)
+    assert sum(p.numel() for p in table.parameters()) == config.num_parameters(SHAPE, 3)
 
 
 @pytest.mark.parametrize("gate_after", ["keep", "unit"])

@@ -13,9 +13,10 @@ from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.evaluation import evaluate_tasks
 from peml.methods import match_params, method, methods
-from peml.prompts import PrefixNAS, PrefixTuning
+from peml.prompts import MultitaskPrompt, PrefixNAS, PrefixTuning, PromptTuning
+from peml.regimes import train
 from peml.tasks import Task
-from peml.training import MultiTaskTrainer, Recipe, train
+from peml.training import MultiTaskTrainer, Recipe
 from peml.tuner import PemlModel
 
 __all__ = [  # noqa: RUF022  (in the order in which a reader meets them)
@@ -32,6 +33,8 @@ __all__ = [  # noqa: RUF022  (in the order in which a reader meets them)
     "HydraLoRA",
     "PrefixTuning",
     "PrefixNAS",
+    "PromptTuning",
+    "MultitaskPrompt",
     # Named combinations of these
     "method",
     "methods",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
 
+from peml.adapters.ahead import cores_ahead
 from peml.attention import PromptHost
 from peml.bank import BankLinear
 from peml.config import PemlConfig
 from peml.errors import PemlError
+from peml.routing import Route
 
 HOST, HOOKS = "prompt_host", "_peml_hooks"
 """Where the base model keeps its prompts, and the hooks that open a forward."""
@@ -52,11 +56,28 @@ class Attached(BaseTuner):
             self._bank_layers = [module for module in self.model.modules() if isinstance(module, BankLinear)]
         return self._bank_layers
 
+    def _cores(self, route: Route | None) -> dict[nn.Module, Tensor]:
+        """Cores of all layers for these rows, as far as they can be computed together."""
+        return cores_ahead([adapter for bank in self._banks() if (adapter := bank.active()) is not None], route)
+
     def _active_config(self) -> PemlConfig:
         config = self.config_in_force
         if config is None:
             raise PemlError("no PEML adapter is active: call set_adapter() first")
         return config
+
+    @contextmanager
+    def ablated(self, part: str) -> Iterator[None]:
+        """Switch off the `adapter` or the `prompt` inside the block, to see what it contributes."""
+        kind: type[BankLinear] | type[PromptHost] = {"adapter": BankLinear, "prompt": PromptHost}[part]
+        layers = [m for m in self.model.modules() if isinstance(m, kind) and not m._disable_adapters]
+        try:
+            for layer in layers:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters of the active adapter by part: adapter, prompt, architecture, and other (`modules_to_save`)."""

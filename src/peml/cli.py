@@ -39,14 +39,17 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that lies there.")] = False,
 ) -> None:
     """Train one adapter on the tasks of a recipe."""
-    from peml.training import run
+    from peml import regimes
 
-    folder = run.train(recipe, output, resume=resume, overwrite=overwrite, console=console)
+    folder = regimes.train(recipe, output, resume=resume, overwrite=overwrite, console=console)
     metrics = folder.read_metrics()
     console.print(_scores(metrics, [when for when in ("before", "after") if when in metrics]))
     count = sum(metrics["parameters"].values())
+    earlier = sum(stage["train_seconds"] for stage in metrics.get("stages", {}).values())
+    before = f" after {earlier:.0f} s in earlier stages" if earlier else ""
     console.print(
-        f"{count:,} trained parameters, {metrics['train_seconds']:.0f} s of training, run in {escape(str(folder.path))}"
+        f"{count:,} trained parameters, {metrics['train_seconds']:.0f} s of training{before}, "
+        f"run in {escape(str(folder.path))}"
     )
 
 

@@ -76,6 +76,8 @@ class PemlConfig(PeftConfig):
         self._check_types()
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
+        # Read from a file that has the weights too: what a fresh adapter would begin at is not asked for again.
+        self.stored = self.peml_version is not None
         if self.peml_version is None:
             from importlib.metadata import version
 

@@ -22,7 +22,8 @@ from peml.tasks import suite_tasks
 from peml.training.folder import RunFolder
 from peml.training.progress import progress_bar
 from peml.training.recipe import Recipe
-from peml.training.run import environment, train
+from peml.training.record import environment
+from peml.training.run import train
 from peml.training.workbench import TOY_MODEL, load_base, prepare
 
 METHODS = ("lora", "lora+prefix", "mtl-lora", "peml")

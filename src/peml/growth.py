@@ -46,7 +46,7 @@ class Growing(Attached):
                 bank.task_names[adapter_name] = names
         host = self._prompt_host()
         if host is not None and self.prompt is not None and config.prompt is not None:
-            append_task(self.prompt, config.prompt.build(host.slots, 1), init, source)
+            append_task(self.prompt, config.prompt.build(host.shape, 1), init, source)
         config.adapter, config.task_names = grown, list(names)
 
     def freeze_shared(self) -> None:

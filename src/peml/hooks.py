@@ -29,7 +29,13 @@ class Opener(Protocol):
     def adapter_in_force(self) -> str | None:
         """Name of the active adapter."""
 
-    def open_forward(self, tasks: Tasks | None, rows: int | None, mask: Tensor | None = None) -> Forward:
+    def open_forward(
+        self,
+        tasks: Tasks | None,
+        rows: int | None,
+        mask: Tensor | None = None,
+        text: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Forward:
         """Resolve the route of a batch, and compute its cores and its prefix."""
 
     def close_forward(self, forward: Forward) -> None:
@@ -54,7 +60,7 @@ class ForwardHooks:
             model.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
         )
         # Of a rotary model, whichever way it looks: the distance to a prefix key, which has no phase, is the position.
-        self.rotary = any("Rotary" in type(part).__name__ for part in model.modules())
+        self.rotary = attention.is_rotary(model)
         # RoBERTa and its kin start behind the padding token's number, and count for themselves.
         self.counts_itself = any(hasattr(part, "create_position_ids_from_input_ids") for part in model.modules())
         self.originals = {name: getattr(model, name) for name in _REPLACED if hasattr(model, name)}
@@ -72,17 +78,22 @@ class ForwardHooks:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Take `tasks=` from the call and open its `Forward`, unless `generate` has opened one around it."""
-        tasks = kwargs.pop("tasks", None)
+        tasks, input_mask = kwargs.pop("tasks", None), kwargs.pop("input_mask", None)
+        # Before anything is computed: soft tokens are run through the attention as well.
+        attention.engage(module)
         forward, rows = routing.surrounding(module, self.opener.adapter_in_force), self._rows(args, kwargs)
         if tasks is not None or forward is None or forward.prefix is None:
-            forward = self.opener.open_forward(tasks, rows, self._mask(args, kwargs))
+            forward = self.opener.open_forward(
+                tasks, rows, self._mask(args, kwargs), self._text(args, kwargs, input_mask)
+            )
         routing.enter(replace(forward, rows=rows, lengths=self._lengths(args, kwargs), handed={}))
         if module.training:
             routing.bind_checkpointing(module)
         if forward.prefix:
-            attention.engage(module)
             self._check_packing(args, kwargs)
             self._add_position_ids(args, kwargs)
+            if forward.offset:
+                return (), self._moved(args, kwargs, forward.offset)
         return args, kwargs
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -94,11 +105,12 @@ class ForwardHooks:
 
     def generate(self, *args: Any, tasks: Tasks | None = None, **kwargs: Any) -> Any:
         """The model's `generate` with `tasks=`: all its steps share one prefix, computed without gradients."""
+        # Soft tokens are run, and an encoder is called, before any hook of the whole model is.
+        attention.engage(self.model)
         with torch.no_grad():
-            forward = self.opener.open_forward(tasks, self._rows(args, kwargs))
-        if forward.prefix:
-            # An encoder is called by itself, before any hook of the whole model.
-            attention.engage(self.model)
+            forward = self.opener.open_forward(
+                tasks, self._rows(args, kwargs), text=self._text(args, kwargs, kwargs.pop("input_mask", None))
+            )
         with routing.opened(replace(forward, prefix=forward.prefix or {}, prepared={})):
             return self.originals["generate"](*args, **kwargs)
 
@@ -180,6 +192,35 @@ class ForwardHooks:
         if self._encodes_first():
             return None  # it is the encoder's, and half of the layers read something else
         return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def _text(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], input_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Ids or embeddings of the batch, and which of them a prompt may read: not the answer, where it is told."""
+        given = (*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")))
+        batch = next((batch for batch in given if isinstance(batch, Tensor)), None)
+        if batch is None:
+            return None
+        mask = kwargs.get("attention_mask") if input_mask is None else input_mask
+        return batch, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def _moved(self, args: tuple[Any, ...], kwargs: dict[str, Any], offset: int) -> dict[str, Any]:
+        """The call with learned positions moved, to make room for soft tokens in front of the text."""
+        kwargs = dict(zip(self.arguments, args, strict=False)) | kwargs
+        batch, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        batch = kwargs.get("inputs_embeds") if batch is None else batch
+        assert isinstance(batch, Tensor)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            past = 0 if cache is None else cache.get_seq_length()
+            positions = torch.arange(batch.shape[1], device=batch.device)[None] + past
+        limit = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        if isinstance(limit, int) and batch.shape[1] + offset > limit:
+            raise PemlError(
+                f"{type(self.model).__name__} has {limit} positions: a text of {batch.shape[1]} tokens and a prompt of "
+                f"{offset} do not fit"
+            )
+        return kwargs | {"position_ids": positions + offset}
 
     def _add_position_ids(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count positions from the attention mask when the caller gives none.

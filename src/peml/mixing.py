@@ -2,7 +2,8 @@ r"""How tasks share an epoch and a batch.
 
     p_t ~ min(n_t, cap)^(1/tau)        for n_t rows of task t
 
-tau = 1 is `proportional`, tau = infinity is `equal`; tau = 2 is the default. The rows of an epoch are a
+tau = 1 is `proportional`, tau = infinity is `equal`; tau = 2 is the default. `subset` draws k ~ U{2..T} tasks for every
+batch, which share it equally (multitask prompt tuning, arXiv:2303.02861). The rows of an epoch are a
 function of (seed, epoch) alone, never of what was drawn before, so a resumed run sees the rows that an
 uninterrupted one sees.
 """
@@ -18,12 +19,12 @@ from torch.utils.data import Sampler
 
 from peml.errors import PemlError
 
-By = Literal["proportional", "temperature", "equal"]
+By = Literal["proportional", "temperature", "equal", "subset"]
 Batches = Literal["mixed", "homogeneous"]
 Integers = NDArray[np.int64]
 
 # What a random stream is for; part of its seed, so that no two streams are alike.
-_SHARES, _ORDER, _ROWS = 0, 1, 2
+_SHARES, _ORDER, _ROWS, _SUBSETS = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Mixing:
     """How often each task is drawn.
 
     Attributes:
-        by: `proportional` to the number of rows, its root by `temperature`, or `equal` for all tasks.
+        by: `proportional` to the number of rows, its root by `temperature`, `equal` for all tasks, or a `subset` of
+            the tasks in every batch.
         temperature: tau, for `by="temperature"` only. 2 is our choice.
         cap: rows of a task beyond this number do not count.
         batches: `mixed`, or `homogeneous`: each batch of one task.
@@ -52,6 +54,8 @@ class Mixing:
                 raise PemlError(f"mixing: `{key}` must be one of {', '.join(allowed)}, not {value!r}")
         if not self.temperature > 0:
             raise PemlError(f"mixing: `temperature` must be above 0, not {self.temperature}")
+        if self.by == "subset" and (self.batches != "mixed" or self.cap is not None):
+            raise PemlError("mixing: `by: subset` draws the tasks of each batch: `batches` and `cap` do not go with it")
         if self.cap is not None and self.cap < 1:
             raise PemlError(f"mixing: `cap` must be at least 1, not {self.cap}")
 
@@ -66,7 +70,7 @@ class Mixing:
         return dict(zip(counts, shares.tolist(), strict=True))
 
     def _probabilities(self, counts: Integers) -> NDArray[np.float64]:
-        exponent = {"proportional": 1.0, "temperature": 1 / self.temperature, "equal": 0.0}[self.by]
+        exponent = {"proportional": 1.0, "temperature": 1 / self.temperature}.get(self.by, 0.0)
         capped = np.minimum(counts, self.cap or counts.max())
         # Divided by the largest first: a small temperature would otherwise overflow.
         weights = (capped / capped.max()) ** exponent
@@ -86,7 +90,7 @@ class MixtureSampler(Sampler[int]):
         seed: seed of all draws.
         batch_size: rows per batch; matters for homogeneous batches only.
         num_samples: rows per epoch; as many as the data set has by default. Homogeneous batches are always
-            whole, so there it is rounded up to a multiple of `batch_size`.
+            whole, so there it is rounded up to a multiple of `batch_size`; those of a subset of the tasks as well.
     """
 
     def __init__(
@@ -111,8 +115,9 @@ class MixtureSampler(Sampler[int]):
         self.probabilities = mixing._probabilities(np.array([len(rows) for rows in self.rows]))
         self.seed = seed
         self.epoch = 0
+        self.by_subset, self.batch_size = mixing.by == "subset", batch_size
         # The unit that is dealt out to the tasks: a row, or a batch of rows.
-        self.block = batch_size if mixing.batches == "homogeneous" else 1
+        self.block = batch_size if mixing.batches == "homogeneous" or self.by_subset else 1
         self.blocks = math.ceil(samples / self.block)
 
     def __len__(self) -> int:
@@ -125,6 +130,9 @@ class MixtureSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Rows of the chosen epoch."""
+        if self.by_subset:
+            yield from self._of_subsets()
+            return
         shares = self._shares(self.epoch) * self.block
         drawn_before = sum((self._shares(epoch) * self.block for epoch in range(self.epoch)), np.zeros_like(shares))
         by_task = np.concatenate(
@@ -132,6 +140,27 @@ class MixtureSampler(Sampler[int]):
         )
         order = self._generator(_ORDER, self.epoch).permutation(self.blocks)
         yield from by_task.reshape(self.blocks, self.block)[order].reshape(-1).tolist()
+
+    def _of_subsets(self) -> Iterator[int]:
+        drawn = sum((self._subsets(epoch).sum(0) for epoch in range(self.epoch)), np.zeros(len(self.rows), np.int64))
+        plan = self._subsets(self.epoch)
+        streams = [self._stream(t, int(drawn[t]), int(count)) for t, count in enumerate(plan.sum(0))]
+        order, begun = self._generator(_ORDER, self.epoch), np.zeros(len(self.rows), np.int64)
+        for counts in plan:
+            batch = np.concatenate([streams[t][begun[t] : begun[t] + count] for t, count in enumerate(counts)])
+            begun += counts
+            yield from order.permutation(batch).tolist()
+
+    def _subsets(self, epoch: int) -> Integers:
+        """Rows of each task in each batch of an epoch, `[batches, T]`: k ~ U{2..T} tasks, as equally as can be."""
+        random, tasks = self._generator(_SUBSETS, epoch), len(self.rows)
+        plan = np.zeros((self.blocks, tasks), np.int64)
+        for counts in plan:
+            k = int(random.integers(min(2, tasks), tasks + 1))
+            chosen = random.permutation(tasks)[:k]
+            counts[chosen] = self.batch_size // k
+            counts[chosen[: self.batch_size % k]] += 1
+        return plan
 
     def _shares(self, epoch: int) -> Integers:
         """Blocks per task in an epoch, by systematic sampling: within one block of p_t, exact on average."""

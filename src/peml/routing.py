@@ -127,6 +127,9 @@ class Forward:
         prefix: learned keys and values of this forward, by attention slot; None: not computed yet.
         generated: whether `prefix` hangs on a graph that all layers share (a generator), which reentrant
             checkpointing cannot walk more than once.
+        by_row: whether `prefix` has an entry per row, not per task present.
+        offset: positions that the text moves by, to make room for a prompt in front of it.
+        collected: where layers put the keys and values of the soft tokens that are run; None: this is no such run.
         model: the base model that it is for: a model called inside another one's block must not take its route.
         adapter: the PEFT adapter whose task names gave the route its ids.
         cores: cores computed ahead, for all layers at once, by adapter module.
@@ -144,6 +147,9 @@ class Forward:
     route: Route | None = None
     prefix: Mapping[int, LayerPrefix] | None = None
     generated: bool = False
+    by_row: bool = False
+    offset: int = 0
+    collected: dict[int, LayerPrefix] | None = None
     model: nn.Module | None = None
     adapter: str | None = None
     cores: Mapping[nn.Module, Tensor] = field(default_factory=dict)
@@ -259,8 +265,9 @@ class _Bound:
         @functools.wraps(layer)
         def reopened(*inner: Any, **named: Any) -> Any:
             with opened(passes[0]):
-                # What is recomputed has been counted already.
-                passes[0] = replace(forward, losses=None if forward.losses is None else [])
+                # What is recomputed has been counted, and collected, already.
+                again = replace(forward, losses=None if forward.losses is None else [])
+                passes[0] = again if forward.collected is None else replace(again, collected={})
                 return layer(*inner, **named)
 
         return self.checkpoint(reopened, *args, **kwargs)

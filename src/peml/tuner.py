@@ -5,19 +5,16 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peml import attention, routing, saving
-from peml.adapters.ahead import cores_ahead
 from peml.attached import HOOKS, HOST
 from peml.attention import PromptHost
 from peml.bank import BankLinear, group_siblings
@@ -27,14 +24,14 @@ from peml.growth import Growing
 from peml.hooks import ForwardHooks
 from peml.merging import Merging
 from peml.mlp import fuse_mlps
-from peml.prompts import PrefixGenerator
+from peml.prompting import Prompting
 from peml.routing import Forward, Route, Tasks
 
 HEADS_OF_PEFT = ("classifier", "score", "qa_outputs")
 """What PEFT adds to `modules_to_save` for a `task_type`, whether or not the model calls its head so."""
 
 
-class PemlModel(Merging, Growing):
+class PemlModel(Prompting, Merging, Growing):
     """A model with PEML adapters; made by `peft.get_peft_model(model, PemlConfig(...))`.
 
     `model(**batch, tasks=["rte", "sst2"])` routes each row; `tasks="rte"` routes all rows. Names or ids.
@@ -82,7 +79,9 @@ class PemlModel(Merging, Growing):
             # Before any layer is touched: a model that cannot take this prefix is refused whole.
             host = host or fresh
             if host is not None and config.prompt is not None:
-                config.prompt.num_parameters(host.slots, len(config.task_names))
+                config.prompt.num_parameters(host.shape, len(config.task_names))
+                if config.prompt.at_input:
+                    attention.check_soft(model, host)
             super().inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
         except BaseException:
             if fresh is not None:
@@ -98,21 +97,6 @@ class PemlModel(Merging, Growing):
             setattr(model, HOST, fresh)
         if host is not None and config.prompt is not None:
             self._add_prompt(host, adapter_name, low_cpu_mem_usage)
-
-    def _add_prompt(self, host: PromptHost, adapter_name: str, low_cpu_mem_usage: bool) -> None:
-        config = self.peft_config[adapter_name]
-        assert config.prompt is not None
-        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            prompt = config.prompt.build(host.slots, len(config.task_names))
-        device = next(p for p in self.model.parameters()).device
-        if "meta" not in (device.type, next(prompt.parameters()).device.type):
-            prompt.to(device)
-        trained = [(parameter, parameter.requires_grad) for parameter in host.parameters()]
-        host.peml_prompt[adapter_name] = prompt
-        host.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # type: ignore[operator]
-        for parameter, requires_grad in trained:
-            # A further adapter, perhaps for inference only, must not freeze the one in training.
-            parameter.requires_grad = requires_grad
 
     def _create_and_replace(
         self,
@@ -236,27 +220,25 @@ class PemlModel(Merging, Growing):
     def _merged(self, config: PemlConfig) -> bool:
         return config.adapter is not None and config.adapter.needs_task and any(bank.merged for bank in self._banks())
 
-    def open_forward(self, tasks: Tasks | None, rows: int | None, mask: Tensor | None = None) -> Forward:
+    def open_forward(
+        self,
+        tasks: Tasks | None,
+        rows: int | None,
+        mask: Tensor | None = None,
+        text: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Forward:
         """Resolve the route of a batch, and compute its cores and its prefix."""
-        route, host = self._route(tasks, rows), self._prompt_host()
-        prompt = None if host is None else host.active()
+        route = self._route(tasks, rows)
         forward = Forward(
             route,
             model=self.model,
             adapter=self.adapter_in_force,
-            cores=cores_ahead([a for bank in self._banks() if (a := bank.active()) is not None], route),
+            cores=self._cores(route),
             mask=mask,
             losses=self._open_losses(route),
             apart=self._apart,
         )
-        if prompt is None:
-            return forward
-        if prompt.needs_task and route is None:
-            names = ", ".join(self._active_config().task_names)
-            raise PemlError(f"this adapter has a prefix per task: pass tasks= with one of {names} per row")
-        layers = prompt(None if route is None else route.present)
-        prefix = {slot: layer for slot, layer in enumerate(layers) if layer is not None}
-        return replace(forward, prefix=prefix, generated=prompt.generated)
+        return self.with_prefix(forward, text)
 
     def close_forward(self, forward: Forward) -> None:
         """Groups of which a layer was called with another input than the first, or before it, are groups no more.
@@ -300,38 +282,6 @@ class PemlModel(Merging, Growing):
         if HOOKS not in self.model.__dict__:
             # In the model's own dict: the hooks are no module of it, but go where it goes, deep copies included.
             self.model.__dict__[HOOKS] = ForwardHooks(self, self.model)
-
-    # Inspecting
-
-    @contextmanager
-    def ablated(self, part: str) -> Iterator[None]:
-        """Switch off the `adapter` or the `prompt` inside the block, to see what it contributes."""
-        kind: type[BankLinear] | type[PromptHost] = {"adapter": BankLinear, "prompt": PromptHost}[part]
-        layers = [m for m in self.model.modules() if isinstance(m, kind) and not m._disable_adapters]
-        try:
-            for layer in layers:
-                layer._disable_adapters = True
-            yield
-        finally:
-            for layer in layers:
-                layer._disable_adapters = False
-
-    def collapse_prompt(self) -> None:
-        """Replace a generated prefix by the table of keys and values that it has become.
-
-        The generator is thrown away: the adapter gets smaller and faster, and cannot be searched further.
-        """
-        config, prompt = self._active_config(), self.prompt
-        if not isinstance(prompt, PrefixGenerator):
-            raise PemlError("there is no generated prefix to collapse")
-        if prompt.searching:
-            prompt.derive()
-        host = self._prompt_host()
-        assert host is not None
-        config.prompt, table = prompt.collapse()
-        table.requires_grad_(prompt.seed.requires_grad)
-        assert self.adapter_in_force is not None
-        host.peml_prompt[self.adapter_in_force] = table
 
     # Saving and loading
 

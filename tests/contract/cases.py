@@ -67,6 +67,11 @@ SMALL_PROMPTS: dict[str, tuple[peml.prompts.PromptConfig | None, Adjust | None]]
     "PrefixTuning": (peml.PrefixTuning(num_virtual_tokens=3), None),
     "PrefixTuning-lengths": (peml.PrefixTuning(num_virtual_tokens=(0, 3)), None),
     "PrefixTuning-per-task": (peml.PrefixTuning(num_virtual_tokens=(2, 3), per_task=True), None),
+    "PromptTuning": (peml.PromptTuning(3), None),
+    "PromptTuning-per-task": (peml.PromptTuning(2, per_task=True, prompt_tuning_init="random"), None),
+    "MultitaskPrompt": (peml.MultitaskPrompt(3), None),
+    "MultitaskPrompt-rank2": (peml.MultitaskPrompt(2, num_ranks=2), None),
+    "MultitaskPrompt-deep": (peml.MultitaskPrompt(3, num_ranks=2, deep=True), None),
     "PrefixNAS": (peml.PrefixNAS(**SMALL_NAS), open_and_close),
     "PrefixNAS-keep": (peml.PrefixNAS(**SMALL_NAS), derived),
     "PrefixNAS-unit": (peml.PrefixNAS(**SMALL_NAS, gate_after="unit", gate_threshold=0.2), derived),
@@ -104,11 +109,34 @@ class Case:
 
     @property
     def generated(self) -> bool:
-        """Whether the prefix comes from a generator."""
-        return self.prompt_name.startswith("PrefixNAS") and "collapsed" not in self.prompt_name
+        """Whether all layers' prefixes come from one graph."""
+        return not self.prompt_name.startswith(("none", "PrefixTuning")) and "collapsed" not in self.prompt_name
+
+    @property
+    def at_input(self) -> bool:
+        """Whether the model makes the prefix, of embeddings."""
+        return self.prompt is not None and self.prompt.at_input
+
+    def check(self, family: str) -> None:
+        """Skip what is refused."""
+        if self.at_input and family == "bert":
+            pytest.skip("an encoder takes no prompt at its input")
+
+    def rounding(self, family: str = "llama") -> dict[str, float]:
+        """Bounds for gradients of rows that share a run of a prompt, against rows apart.
+
+        RMS norms compute in single precision, on their way back too.
+        """
+        return {"atol": 1e-5, "rtol": 1e-4} if self.at_input and family != "gpt2" else {"atol": 1e-8}
+
+    @property
+    def prefix_by_task(self) -> bool:
+        """Whether tasks differ in their prefix: also where a model, adapted by task, makes it."""
+        return self.prompt is not None and (self.prompt.needs_task or (self.at_input and self.needs_task))
 
     def build(self, family: str = "llama", tasks: list[str] = TASKS, **options: Any) -> PeftModel:
         base = options.pop("base", None)
+        self.check("bert" if type(base).__name__.startswith("Bert") else family)
         base = tiny(family) if base is None else base
         return adapt(base, self.adapter, self.prompt, tasks, SMALL_PROMPTS[self.prompt_name][1], **options)
 
@@ -128,6 +156,10 @@ FEW = [
     Case("none", "PrefixNAS"),
     Case("LoRA", "PrefixNAS-keep"),
     Case("MTLLoRA-diag-random", "PrefixTuning-per-task"),
+    Case("none", "PromptTuning"),
+    Case("MTLLoRA", "PromptTuning"),
+    Case("LoRA", "MultitaskPrompt"),
+    Case("none", "MultitaskPrompt-deep"),
     *(Case(a, "none") for a in SMALL_ADAPTERS if a not in WITH_ALL_PROMPTS and not a.startswith("CGCLoRA-")),
 ]
 

@@ -19,7 +19,7 @@ from peml.bank import BankLinear
 def test_every_method_is_in_the_contract(axis: str) -> None:
     table = {"adapter": peml.adapters.ADAPTERS, "prompt": peml.prompts.PROMPTS}[axis]
     small = {"adapter": SMALL_ADAPTERS.values(), "prompt": [config for config, _ in SMALL_PROMPTS.values()]}[axis]
-    known = {"adapter": references.ADAPTERS, "prompt": references.PROMPTS}[axis]
+    known = {"adapter": references.ADAPTERS, "prompt": references.PROMPTS | references.SOFT}[axis]
     for name, kind in table.items():
         assert any(isinstance(config, kind) for config in small), f"{name}: add a small one to contract/cases.py"
         assert name in known, f"{name}: add a naive version to references.py"
@@ -44,19 +44,32 @@ def reference_logits(model: PeftModel, batch: Tensor, tasks: list[str]) -> tuple
             )
             update = references.ADAPTERS[type(config.adapter).__name__]
             updates[name] = lambda x, t, u=update, own=tensors, s=settings: u(x, own, s, t)
-    prefixes = None
+    prefixes = soft = None
     if config.prompt is not None:
         tensors, settings = own("base_model.model.prompt_host.peml_prompt.default."), dataclasses.asdict(config.prompt)
         shapes = [(slot.num_heads, slot.head_dim) for slot in host.slots]
-        rule = references.PROMPTS[type(config.prompt).__name__]
-        prefixes = lambda t: rule(tensors, settings, shapes, t)  # noqa: E731
+        if config.prompt.at_input:
+            rule = references.SOFT[type(config.prompt).__name__]
+            soft = lambda t: rule(tensors, settings, t)  # noqa: E731
+        else:
+            rule = references.PROMPTS[type(config.prompt).__name__]
+            prefixes = lambda t: rule(tensors, settings, shapes, t)  # noqa: E731
     base = model.unload()  # no longer ours: everything above was copied
-    rows, length = batch.shape
+    inputs, before = {"input_ids": batch}, 0
+    if soft is not None:
+        # Prepended, so that the model runs over it with every text, once per row.
+        prompts = torch.stack([soft(TASKS.index(task)) for task in tasks])
+        before = prompts.shape[1]
+        inputs = {"inputs_embeds": torch.cat([prompts, base.get_input_embeddings()(batch)], dim=1)}
+        if hasattr(base.config, "rope_parameters"):
+            # The same positions as ours, because transformers rounds rotations to single precision.
+            inputs["position_ids"] = torch.arange(-before, batch.shape[1])[None]
+    rows, length = batch.shape[0], batch.shape[1] + before
     visible = torch.ones(length, length, dtype=torch.bool)
     visible = visible if type(base).__name__.startswith("Bert") else visible.tril()
     ids = [[TASKS.index(task)] * length for task in tasks]
-    logits = references.run(base, {"input_ids": batch}, visible.expand(rows, -1, -1), updates, prefixes, ids)
-    return logits, leaves
+    logits = references.run(base, inputs, visible.expand(rows, -1, -1), updates, prefixes, ids)
+    return logits[:, before:], leaves
 
 
 @pytest.mark.parametrize(
@@ -73,7 +86,7 @@ def test_outputs_and_gradients_equal_the_equations(family: str, case: Case) -> N
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
     probe_loss(expected).backward()
     wanted = {key: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for key, leaf in leaves.items()}
-    assert_same(found, wanted, atol=1e-8)
+    assert_same(found, wanted, **case.rounding(family))
     assert any(gradient.any() for gradient in found.values())
 
 
@@ -93,7 +106,7 @@ def test_a_mixed_batch_equals_its_tasks_apart(case: Case) -> None:
             alone.square().mean(dim=(1, 2)).sum().backward()
             for name, gradient in gradients(model).items():
                 apart[name] += gradient
-        assert_same(apart, together)
+        assert_same(apart, together, **case.rounding() if case.at_input else {})
 
 
 @cases
@@ -178,5 +191,5 @@ def test_the_count_is_the_formula(case: Case) -> None:
     banks = [module for module in model.modules() if isinstance(module, BankLinear)]
     expected = sum(case.adapter.num_parameters(bank.in_features, bank.out_features, 3) for bank in banks)
     if case.prompt is not None:
-        expected += case.prompt.num_parameters(model.base_model.model.prompt_host.slots, 3)
+        expected += case.prompt.num_parameters(model.base_model.model.prompt_host.shape, 3)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected

@@ -72,7 +72,7 @@ def test_checkpointing_changes_nothing(family: str, case: Case, kind: str, monke
         model.train()
         if kind == "reentrant":
             # There each layer computes its own core; the plain run has to draw in that order too.
-            monkeypatch.setattr(peml.tuner, "cores_ahead", lambda adapters, route: {})
+            monkeypatch.setattr(peml.attached, "cores_ahead", lambda adapters, route: {})
     logits, wanted = run(model)
     model.base_model.model.activation_checkpointing_enable(KINDS[kind])
     model.train()
@@ -127,6 +127,7 @@ def test_dropout_trains_and_rests_in_evaluation(case: Case) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @few_cases
 def test_half_precision_bases_keep_full_precision_adapters(family: str, case: Case) -> None:
+    case.check(family)
     config = peml.PemlConfig(task_names=TASKS, adapter=case.adapter, prompt=case.prompt)
     model = get_peft_model(tiny(family).bfloat16(), config)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}

@@ -92,7 +92,7 @@ def test_packed_rows_with_a_task_per_token(case: Case) -> None:
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]] * 2)
     tasks = [["rte"] * 4 + ["cola"] * 3, ["sst2"] * 4 + ["rte"] * 3]
     call = {"input_ids": batch, "position_ids": positions, "use_cache": False}
-    if "per-task" in case.prompt_name:
+    if case.prefix_by_task:
         with pytest.raises(peml.PemlError, match="one task per row"):
             model(**call, tasks=tasks)
         return
@@ -108,7 +108,7 @@ def test_packed_rows_with_a_task_per_token(case: Case) -> None:
 @few_cases
 def test_task_per_token_gradients(case: Case) -> None:
     """The same task for every token is the task of the row."""
-    if "per-task" in case.prompt_name:
+    if case.prefix_by_task:
         pytest.skip("refused, see above")
     model, batch, found = case.build(), tokens(2, 5), []
     for tasks in (["rte", "cola"], [["rte"] * 5, ["cola"] * 5]):

@@ -7,6 +7,7 @@ real tokens keep their positions, and gradient checkpointing, packing, static ca
 """
 
 from peml.attention.host import PromptHost, install, uninstall
+from peml.attention.soft import check_soft, is_rotary
 from peml.attention.switch import check_paging, engage, hosts_prompts, named_for_paging, packs
 from peml.attention.twin import TWIN, attend
 
@@ -15,9 +16,11 @@ __all__ = [
     "PromptHost",
     "attend",
     "check_paging",
+    "check_soft",
     "engage",
     "hosts_prompts",
     "install",
+    "is_rotary",
     "named_for_paging",
     "packs",
     "uninstall",

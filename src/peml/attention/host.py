@@ -6,7 +6,9 @@ Letters: `P` prefix tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,14 +19,16 @@ from transformers import PreTrainedModel
 from peml.attention import flash
 from peml.attention.twin import MASKS, PROBE, Seen, twin_of
 from peml.errors import PemlError
-from peml.prompts.base import AttentionSlot, Prompt
+from peml.prompts.base import AttentionSlot, ModelShape, Prompt
+
+_STAND_IN: ContextVar[tuple[Any, Prompt] | None] = ContextVar("peml_stand_in", default=None)
 
 
 class PromptHost(nn.Module, BaseTunerLayer):
     """Holds the prompts of a model, one per PEFT adapter, so that PEFT saves, switches and deletes them.
 
     Args:
-        slots: shapes of the attention layers.
+        shape: of the attention layers and the input embeddings.
         implementation: the attention implementation that the twin stands in for.
         causal: whether attention looks to the left only, as in decoders.
         packs: whether the model keeps texts apart whose positions start again within a row.
@@ -34,9 +38,9 @@ class PromptHost(nn.Module, BaseTunerLayer):
     active_adapters: list[str]  # of BaseTunerLayer, which has no types
     peml_prompt: nn.ModuleDict
 
-    def __init__(self, slots: Sequence[AttentionSlot], implementation: str, causal: bool, packs: bool = True) -> None:
+    def __init__(self, shape: ModelShape, implementation: str, causal: bool, packs: bool = True) -> None:
         super().__init__()
-        self.slots = tuple(slots)
+        self.shape = shape
         self.implementation = implementation
         self.causal = causal
         self.packs = packs
@@ -44,12 +48,29 @@ class PromptHost(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
+    @property
+    def slots(self) -> tuple[AttentionSlot, ...]:
+        """Shapes of the attention layers."""
+        return self.shape.slots
+
     def active(self) -> Prompt | None:
         """The prompt in force, or None if it is disabled or the active adapter has none."""
+        stand_in = _STAND_IN.get()
+        if stand_in is not None and stand_in[0] is self:
+            return stand_in[1]
         if self._disable_adapters or not self.active_adapters:
             return None
         name = self.active_adapters[0]
         return self.peml_prompt[name] if name in self.peml_prompt else None  # type: ignore[return-value]  # noqa: SIM401
+
+    @contextmanager
+    def standing_in(self, prompt: Prompt) -> Iterator[None]:
+        """Another prompt in force inside the block, in this thread."""
+        token = _STAND_IN.set((self, prompt))
+        try:
+            yield
+        finally:
+            _STAND_IN.reset(token)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # A prompt wraps no layer: it goes where it is told.
@@ -108,7 +129,8 @@ def install(model: nn.Module) -> PromptHost:
         model.set_attn_implementation(implementation)
         raise
     causal = any(getattr(entry.module, "is_causal", False) for entry in found)
-    host = PromptHost([entry.slot for entry in found], implementation, causal, packs)
+    shape = ModelShape(tuple(entry.slot for entry in found), model.get_input_embeddings().weight.shape[1])
+    host = PromptHost(shape, implementation, causal, packs)
     for index, entry in enumerate(found):
         # A tuple keeps nn.Module from registering the host a second time, below every attention layer.
         entry.module._peml_slot = (index, host)  # type: ignore[assignment]
@@ -158,7 +180,7 @@ def _probe(model: PreTrainedModel, **inputs: Any) -> list[Seen]:
     return seen
 
 
-def _reaches_encoder(model: PreTrainedModel, seen: Sequence[Seen]) -> bool:
+def _reaches_encoder(model: PreTrainedModel, seen: list[Seen]) -> bool:
     inside = {id(module) for module in model.get_encoder().modules()}
     return any(id(entry.module) in inside for entry in seen)
 

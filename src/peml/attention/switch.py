@@ -23,7 +23,7 @@ def engage(model: nn.Module) -> None:
         PemlError: an implementation that has no twin.
     """
     host = _host(model)
-    if host is None:
+    if host is None or host.active() is None:
         return
     assert isinstance(model, PreTrainedModel)
     parts = (model, model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model,)

@@ -89,6 +89,7 @@ def attend(
     if paged is not None:
         # Continuous batching leaves this to the attention function; the prefix must not get into the cache.
         key, value = paged.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    _collect(module, key, value)
     prefix = _prefix_of(module)
     if prefix is None:
         return original(query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -159,6 +160,13 @@ def _mask_of(mask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return (mask if PROBE.get() is None else sdpa_mask)(*args, **kwargs)
 
 
+def _collect(module: nn.Module, key: Tensor, value: Tensor) -> None:
+    """Keep keys and values of soft tokens, which a run over nothing else is for."""
+    slot, forward = getattr(module, "_peml_slot", None), routing.current()
+    if slot is not None and forward is not None and forward.collected is not None:
+        forward.collected[slot[0]] = LayerPrefix(key, value)
+
+
 def _prefix_of(module: nn.Module) -> LayerPrefix | None:
     slot: tuple[int, PromptHost] | None = getattr(module, "_peml_slot", None)
     if slot is None or slot[1].active() is None:
@@ -176,9 +184,11 @@ def _prefix_of(module: nn.Module) -> LayerPrefix | None:
 def _gather(prefix: LayerPrefix, query: Tensor, shared: bool) -> tuple[Tensor, Tensor]:
     """Prefix keys and values `[B, H_kv, P, D]` in the query's dtype; `[1, ...]` if all rows share them and may."""
     keys, values = (t.to(query.device, query.dtype) for t in (prefix.keys, prefix.values))
-    rows = query.shape[0]
+    rows, forward = query.shape[0], routing.current()
+    if forward is not None and forward.by_row:
+        # Beams repeat every row.
+        return tuple(t.repeat_interleave(rows // t.shape[0], 0) for t in (keys, values))  # type: ignore[return-value]
     if keys.shape[0] > 1:
-        forward = routing.current()
         assert forward is not None and forward.route is not None
         if forward.route.per_token:
             raise PemlError("a prefix per task cannot serve rows that pack several tasks: give one task per row")

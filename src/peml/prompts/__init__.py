@@ -1,11 +1,25 @@
 """Prompts: learned keys and values for attention, one file per paper. Needs neither transformers nor peft."""
 
 from peml.prompts.architecture import Architecture
-from peml.prompts.base import AttentionSlot, LayerPrefix, Prompt, PromptConfig
+from peml.prompts.base import (
+    AttentionSlot,
+    LayerPrefix,
+    ModelShape,
+    Prefix,
+    Prompt,
+    PromptConfig,
+    SoftPrompt,
+    Texts,
+    WordPromptConfig,
+)
+from peml.prompts.multitask import MultitaskPrompt
 from peml.prompts.prefix import PrefixTable, PrefixTuning
 from peml.prompts.prefix_nas import PrefixGenerator, PrefixNAS
+from peml.prompts.prompt_tuning import PromptTuning
 
-PROMPTS: dict[str, type[PromptConfig]] = {config.__name__: config for config in (PrefixTuning, PrefixNAS)}
+PROMPTS: dict[str, type[PromptConfig]] = {
+    config.__name__: config for config in (PrefixTuning, PrefixNAS, PromptTuning, MultitaskPrompt)
+}
 """Every prompt by the name that is stored with it."""
 
 __all__ = [
@@ -13,10 +27,17 @@ __all__ = [
     "Architecture",
     "AttentionSlot",
     "LayerPrefix",
+    "ModelShape",
+    "MultitaskPrompt",
+    "Prefix",
     "PrefixGenerator",
     "PrefixNAS",
     "PrefixTable",
     "PrefixTuning",
     "Prompt",
     "PromptConfig",
+    "PromptTuning",
+    "SoftPrompt",
+    "Texts",
+    "WordPromptConfig",
 ]

@@ -2,10 +2,12 @@
 
     softmax([scale q K' + log g, scale q k' + mask]) [V; v]
 
-A log-gate of 0 is an ordinary token, minus infinity removes it exactly. Learned keys carry no rotary phase, so they
-are a set: any of them can be dropped, and every layer has its own number.
+A log-gate of 0 is an ordinary token, minus infinity removes it exactly. A `Prefix` has keys and values of its own;
+they carry no rotary phase, so they are a set: any of them can be dropped, and every layer has its own number.
+A `SoftPrompt` has embeddings in front of the text, of which the model itself makes keys and values, once per step.
 
 Letters: `P` prefix tokens, `H` key/value heads, `D` head size, `L` attention layers ("slots"), `T` tasks,
+`E` width of the input embeddings, `B` rows, `S` tokens of a text,
 `G` distinct tasks present in the batch (1 for a prompt that all tasks share).
 """
 
@@ -13,10 +15,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
+
+from peml.errors import PemlError
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,19 @@ class AttentionSlot:
         return 2 * self.num_heads * self.head_dim
 
 
+@dataclass(frozen=True)
+class ModelShape:
+    """What a prompt has to fit: the attention layers of a model, and the width E of its input embeddings."""
+
+    slots: tuple[AttentionSlot, ...]
+    embedding_dim: int
+
+
 class LayerPrefix(NamedTuple):
     """Learned tokens of one layer, for the tasks present.
 
     Shapes:
-        keys, values: `[G, H, P, D]`.
+        keys, values: `[G, H, P, D]`, or `[B, H, P, D]` of a prompt that reads the rows.
         log_gate: `[P]`, or None when every gate is 0.
     """
 
@@ -59,14 +71,6 @@ class Prompt(nn.Module, ABC):
     generated: ClassVar[bool] = False
     """Whether all layers' prefixes hang on one graph, which reentrant checkpointing cannot walk repeatedly."""
 
-    @abstractmethod
-    def forward(self, present: Sequence[int] | None) -> list[LayerPrefix | None]:
-        """One prefix per attention slot (None: no tokens there), computed once per step.
-
-        Args:
-            present: the distinct tasks in the batch; None only if the prompt needs no task.
-        """
-
     def architecture_parameters(self) -> list[nn.Parameter]:
         """Parameters that choose a structure; they get an optimiser group of their own."""
         return []
@@ -79,12 +83,61 @@ class Prompt(nn.Module, ABC):
         """Told at the start of each step how much of the training is done, from 0 to 1."""
 
 
+class Prefix(Prompt):
+    """A prompt with keys and values of its own."""
+
+    @abstractmethod
+    def forward(self, present: Sequence[int] | None) -> list[LayerPrefix | None]:
+        """One prefix per attention slot (None: no tokens there), computed once per step.
+
+        Args:
+            present: the distinct tasks in the batch; None only if the prompt needs no task.
+        """
+
+
+class Texts(NamedTuple):
+    """The texts of a batch, for a prompt that reads them.
+
+    Args:
+        embedded: `[B, S, E]`.
+        mask: `[B, S]`, which tokens to read.
+        group: `[B]`, place of each row's task among those present.
+    """
+
+    embedded: Tensor
+    mask: Tensor
+    group: Tensor
+
+
+class SoftPrompt(Prompt):
+    """A prompt of input embeddings, which the model reads as if they stood before the text."""
+
+    generated = True
+    reads_input: ClassVar[bool] = False
+    """Whether every row has a prompt of its own, made from its text."""
+
+    @abstractmethod
+    def forward(self, present: Sequence[int] | None, texts: Texts | None = None) -> Tensor:
+        """Embeddings of the prompt, `[G, P, E]`, or `[B, P, E]` if it reads the texts.
+
+        Args:
+            present: the distinct tasks in the batch; None only if the prompt needs no task.
+            texts: the batch; None unless the prompt reads it.
+        """
+
+    @abstractmethod
+    def start_from(self, words: Tensor) -> None:
+        """Begin at these embeddings of words, `[P, E]`."""
+
+
 @dataclass(frozen=True)
 class PromptConfig(ABC):
     """Settings of a prompt; builds its `Prompt` for the attention slots of a model."""
 
     prompt_learning_rate: ClassVar[float]
     """For AdamW, where a recipe gives none."""
+    task_rate_factor: ClassVar[float] = 1.0
+    """Learning rate of what belongs to single tasks, over that of the rest."""
     architecture_learning_rate: ClassVar[float] = 3e-3
     """For parameters that choose a structure; our choice."""
 
@@ -93,10 +146,50 @@ class PromptConfig(ABC):
         """Whether the prefix differs by task."""
         return False
 
-    @abstractmethod
-    def build(self, slots: Sequence[AttentionSlot], num_tasks: int) -> Prompt:
-        """The prompt of a model with these attention slots."""
+    @property
+    def at_input(self) -> bool:
+        """Whether it is made of input embeddings, not of keys and values."""
+        return False
 
     @abstractmethod
-    def num_parameters(self, slots: Sequence[AttentionSlot], num_tasks: int) -> int:
+    def build(self, shape: ModelShape, num_tasks: int) -> Prompt:
+        """The prompt of a model of this shape."""
+
+    @abstractmethod
+    def num_parameters(self, shape: ModelShape, num_tasks: int) -> int:
         """Trainable numbers, by the paper's formula."""
+
+
+@dataclass(frozen=True)
+class WordPromptConfig(PromptConfig):
+    """Settings of a prompt that can begin at words of the model's vocabulary; names as in PEFT's prompt tuning.
+
+    Args:
+        prompt_tuning_init: "sample_vocab" (words drawn at random), "text" (those of a text, repeated or cut to the
+            length), or "random" (no words: small normal numbers).
+        prompt_tuning_init_text: the text.
+        tokenizer_name_or_path: what makes tokens of it; None: the base model's own.
+    """
+
+    num_virtual_tokens: int | tuple[int, ...]
+    prompt_tuning_init: Literal["sample_vocab", "text", "random"] = field(default="sample_vocab", kw_only=True)
+    prompt_tuning_init_text: str | None = field(default=None, kw_only=True)
+    tokenizer_name_or_path: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.prompt_tuning_init not in ("sample_vocab", "text", "random"):
+            raise PemlError(
+                f"prompt.prompt_tuning_init must be sample_vocab, text or random, not {self.prompt_tuning_init!r}"
+            )
+        if (self.prompt_tuning_init == "text") != bool(self.prompt_tuning_init_text):
+            raise PemlError('prompt.prompt_tuning_init_text goes with prompt_tuning_init="text", and not without')
+
+
+def check_length(num_virtual_tokens: int) -> None:
+    """Refuse a prompt without tokens.
+
+    Raises:
+        PemlError: naming the setting.
+    """
+    if num_virtual_tokens < 1:
+        raise PemlError(f"prompt.num_virtual_tokens must be 1 or more, not {num_virtual_tokens}")

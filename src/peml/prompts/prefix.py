@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peml.errors import PemlError
-from peml.prompts.base import AttentionSlot, LayerPrefix, Prompt, PromptConfig
+from peml.prompts.base import LayerPrefix, ModelShape, Prefix, PromptConfig
 
 
 @dataclass(frozen=True)
@@ -71,33 +71,33 @@ class PrefixTuning(PromptConfig):
             )
         return given
 
-    def build(self, slots: Sequence[AttentionSlot], num_tasks: int) -> PrefixTable:
+    def build(self, shape: ModelShape, num_tasks: int) -> PrefixTable:
         """The table of keys and values for these layers."""
-        return PrefixTable(self, slots, num_tasks)
+        return PrefixTable(self, shape, num_tasks)
 
-    def num_parameters(self, slots: Sequence[AttentionSlot], num_tasks: int) -> int:
+    def num_parameters(self, shape: ModelShape, num_tasks: int) -> int:
         """2 P H D summed over layers, times T if per task."""
-        total = sum(p * slot.width for p, slot in zip(self.lengths(len(slots)), slots, strict=True))
+        total = sum(p * slot.width for p, slot in zip(self.lengths(len(shape.slots)), shape.slots, strict=True))
         return total * (num_tasks if self.per_task else 1)
 
 
-class PrefixTable(Prompt):
+class PrefixTable(Prefix):
     """Keys and values as parameters of their own per layer, so that any kind of checkpointing can walk them."""
 
-    def __init__(self, config: PrefixTuning, slots: Sequence[AttentionSlot], num_tasks: int) -> None:
+    def __init__(self, config: PrefixTuning, shape: ModelShape, num_tasks: int) -> None:
         super().__init__()
         self.needs_task = config.per_task  # type: ignore[misc]
-        self.lengths = config.lengths(len(slots))
+        self.lengths = config.lengths(len(shape.slots))
         groups = num_tasks if config.per_task else 1
         self.keys = nn.ParameterDict()
         self.values = nn.ParameterDict()
         self.gated = config.gated
-        for layer, (p, slot) in enumerate(zip(self.lengths, slots, strict=True)):
+        for layer, (p, slot) in enumerate(zip(self.lengths, shape.slots, strict=True)):
             if p == 0:
                 continue
-            shape = (groups, p, slot.num_heads, slot.head_dim)
-            self.keys[str(layer)] = nn.Parameter(torch.randn(shape) * 0.02)
-            self.values[str(layer)] = nn.Parameter(torch.randn(shape) * 0.02)
+            size = (groups, p, slot.num_heads, slot.head_dim)
+            self.keys[str(layer)] = nn.Parameter(torch.randn(size) * 0.02)
+            self.values[str(layer)] = nn.Parameter(torch.randn(size) * 0.02)
             if config.gated:
                 self.register_buffer(f"log_gate_{layer}", torch.zeros(p))
         if config.per_task:

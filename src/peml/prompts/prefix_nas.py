@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peml.errors import PemlError
 from peml.prompts.architecture import Architecture
-from peml.prompts.base import AttentionSlot, LayerPrefix, Prompt, PromptConfig
+from peml.prompts.base import LayerPrefix, ModelShape, Prefix, PromptConfig
 from peml.prompts.operations import (
     DEFAULT_OPERATIONS,
     OPERATIONS,
@@ -113,20 +113,20 @@ class PrefixNAS(PromptConfig):
             return self.gate_threshold
         return 0.05 if self.gate_after == "keep" else 0.5
 
-    def build(self, slots: Sequence[AttentionSlot], num_tasks: int) -> PrefixGenerator:
+    def build(self, shape: ModelShape, num_tasks: int) -> PrefixGenerator:
         """The generator for these layers."""
-        return PrefixGenerator(self, slots)
+        return PrefixGenerator(self, shape)
 
-    def num_parameters(self, slots: Sequence[AttentionSlot], num_tasks: int) -> int:
+    def num_parameters(self, shape: ModelShape, num_tasks: int) -> int:
         """P d_e + d_e h + C sum ops + h q + q sum 2 H D + C |O| + L P + L."""
         p, h, cells = self.num_virtual_tokens, self.width, self.num_cells
         generator = p * self.embedding_dim + self.embedding_dim * h
         generator += cells * sum(operation_parameters(o, p, h) for o in self.operations)
-        head = h * self.head_rank + self.head_rank * sum(slot.width for slot in slots)
-        return generator + head + cells * len(self.operations) + len(slots) * (p + 1)
+        head = h * self.head_rank + self.head_rank * sum(slot.width for slot in shape.slots)
+        return generator + head + cells * len(self.operations) + len(shape.slots) * (p + 1)
 
 
-class PrefixGenerator(Prompt):
+class PrefixGenerator(Prefix):
     """Seed, cells and head of the generator, with its architecture parameters.
 
     The derived structure is kept in buffers (`choice`, `kept`), so that a checkpoint taken at any moment says by
@@ -135,18 +135,18 @@ class PrefixGenerator(Prompt):
 
     generated = True
 
-    def __init__(self, config: PrefixNAS, slots: Sequence[AttentionSlot]) -> None:
+    def __init__(self, config: PrefixNAS, shape: ModelShape) -> None:
         super().__init__()
         self.config = config
-        self.slots = tuple(slots)
-        p, h, layers = config.num_virtual_tokens, config.width, len(slots)
+        self.shape, self.slots = shape, shape.slots
+        p, h, layers = config.num_virtual_tokens, config.width, len(shape.slots)
         self.seed = nn.Parameter(torch.randn(p, config.embedding_dim) * 0.02)
         self.into = nn.Parameter(torch.randn(config.embedding_dim, h) / math.sqrt(config.embedding_dim))
         self.cells = nn.ModuleList(
             nn.ModuleList(OPERATIONS[name](p, h) for name in config.operations) for _ in range(config.num_cells)
         )
         self.head_in = nn.Parameter(torch.randn(h, config.head_rank) * 0.02)
-        self.head_out = nn.Parameter(torch.randn(config.head_rank, sum(s.width for s in slots)) * 0.02)
+        self.head_out = nn.Parameter(torch.randn(config.head_rank, sum(s.width for s in shape.slots)) * 0.02)
         self.alpha = nn.Parameter(torch.randn(config.num_cells, len(config.operations)) * 1e-3)
         self.token_gate = nn.Parameter(torch.full((layers, p), -math.log(p) - config.gate_init))
         self.layer_gate = nn.Parameter(torch.full((layers,), LAYER_GATE_OPEN))
@@ -307,7 +307,7 @@ class PrefixGenerator(Prompt):
         gated = any(prefix is not None and prefix.log_gate is not None for prefix in layers)
         lengths = tuple(0 if prefix is None else prefix.num_tokens for prefix in layers)
         config = PrefixTuning(num_virtual_tokens=lengths, gated=gated)
-        table = config.build(self.slots, num_tasks=1).to(self.seed.device, self.seed.dtype)
+        table = config.build(self.shape, num_tasks=1).to(self.seed.device, self.seed.dtype)
         table.fill(layers)
         return config, table
 

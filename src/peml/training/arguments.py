@@ -19,6 +19,7 @@ OWN: Mapping[str, Any] = {
     "attn_implementation": str | None,
     "max_length": int,
     "prompt_learning_rate": float | None,
+    "task_prompt_learning_rate": float | None,
     "architecture_learning_rate": float | None,
     "finetune_fraction": float,
 }
@@ -46,6 +47,7 @@ _AT_LEAST: Mapping[str, float] = {
     "gradient_accumulation_steps": 1,
     "learning_rate": 0,
     "prompt_learning_rate": 0,
+    "task_prompt_learning_rate": 0,
     "architecture_learning_rate": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,

@@ -23,7 +23,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 class RunFolder:
     """Names of a run's files.
 
-    `recipe.yaml` (resolved), `adapter/` (PEFT's format), `metrics.json`, `log.jsonl`, `checkpoints/`.
+    `recipe.yaml` (resolved), `adapter/` (PEFT's), `metrics.json`, `log.jsonl`, `checkpoints/`, and `stages/`, the
+    runs of a regime's earlier stages.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -34,6 +35,7 @@ class RunFolder:
         self.log = self.path / "log.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluation.json"
+        self.stages = self.path / "stages"
 
     @classmethod
     def existing(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -86,7 +88,7 @@ class RunFolder:
     def create(self, *, overwrite: bool = False) -> None:
         """Make the folder, after `check`; of an overwritten run only its own files are removed."""
         if overwrite:
-            for part in (self.adapter, self.checkpoints):
+            for part in (self.adapter, self.checkpoints, self.stages):
                 shutil.rmtree(part, ignore_errors=True)
             for file in (self.metrics, self.log, self.recipe, self.evaluation):
                 file.unlink(missing_ok=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +14,14 @@ from transformers import TrainingArguments
 from peml.adapters import AdapterConfig
 from peml.config import PemlConfig
 from peml.errors import PemlError
-from peml.methods import method, named
+from peml.methods import METHODS, method, named
 from peml.mixing import Mixing
+from peml.prompts import MultitaskPrompt
 from peml.tasks import Task
 from peml.training.arguments import DEFAULTS, checked, one_line, training_arguments
 from peml.training.entries import OwnEntry, Section, SuiteEntry, build_tasks, first_problem, read_entry
 from peml.training.folder import RESOLVED
+from peml.training.regime import REGIMES, DistilThenAdapt, Joint, read_regime
 
 FOREIGN_KEYS: Mapping[str, str] = {
     "base_model": "model",
@@ -46,7 +49,7 @@ FOREIGN_KEYS: Mapping[str, str] = {
 class MixingSection(Section):
     """How tasks share an epoch and a batch; see `peml.mixing`."""
 
-    by: Literal["proportional", "temperature", "equal"] = "temperature"
+    by: Literal["proportional", "temperature", "equal", "subset"] = "temperature"
     temperature: float = Field(2.0, gt=0)
     cap: int | None = Field(None, gt=0)
     batches: Literal["mixed", "homogeneous"] = "mixed"
@@ -62,8 +65,9 @@ class Recipe(Section):
         set: changes to the method, e.g. `{adapter.r: 16, prompt.num_virtual_tokens: 32}`.
         mixing: how tasks share a batch.
         balance: how tasks share the loss; "equal" is the mean over tasks.
+        regime: how the parts are trained, by name or with settings; None: as the method says.
         train: names of `TrainingArguments`, and `dtype`, `attn_implementation`, `max_length`,
-            `prompt_learning_rate`, `architecture_learning_rate`, `finetune_fraction`.
+            `prompt_learning_rate`, `task_prompt_learning_rate`, `architecture_learning_rate`, `finetune_fraction`.
         evaluate_before: measure the base model too, before training.
     """
 
@@ -75,6 +79,7 @@ class Recipe(Section):
     set: dict[str, Any] = Field(default_factory=dict)
     mixing: MixingSection = MixingSection()
     balance: Literal["equal"] = "equal"
+    regime: Joint | DistilThenAdapt | None = None
     train: dict[str, Any] = Field(default_factory=dict)
     evaluate_before: bool = True
 
@@ -87,6 +92,9 @@ class Recipe(Section):
         data = {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
         if isinstance(data.get("train"), dict):
             data["train"] = checked(data["train"])
+        if data.get("regime") is not None:
+            known = METHODS.get(str(data.get("method")))
+            data["regime"] = read_regime(data["regime"], "joint" if known is None else known.regime)
         if isinstance(data.get("tasks"), list):
             data["tasks"] = [read_entry(i, raw) for i, raw in enumerate(data["tasks"])]
         return data
@@ -94,17 +102,51 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _whole(self) -> Recipe:
         named(self.method)
-        tasks = self.build_tasks()
-        names = [task.name for task in tasks]
+        names = [task.name for task in self.every_task()]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise PemlError(f"tasks: {twice[0]!r} is there twice; give each task a name of its own")
-        method(self.method, names, self.set)
+        prompt = method(self.method, names, self.set).prompt
+        if isinstance(self.how, DistilThenAdapt):
+            self.how.check(names)
+            if not isinstance(prompt, MultitaskPrompt):
+                raise PemlError(
+                    f"regime distil_then_adapt trains a MultitaskPrompt: method {self.method!r} has none; use mpt, or "
+                    "the regime joint"
+                )
         return self
 
+    @property
+    def how(self) -> Joint | DistilThenAdapt:
+        """The regime: what the recipe says, else what the method says."""
+        return self.regime or REGIMES[named(self.method).regime]()
+
     def build_tasks(self) -> list[Task]:
-        """The tasks, in order; nothing is read yet."""
+        """The tasks of the adapter that the run ends with, in order; nothing is read yet."""
+        tasks, how = self.every_task(), self.how
+        if not isinstance(how, DistilThenAdapt):
+            return tasks
+        targets = how.target_names([task.name for task in tasks])
+        limit = {} if how.shots is None else {"limit_train": how.shots}
+        return [
+            dataclasses.replace(task, source=dataclasses.replace(task.source, **limit))
+            for task in tasks
+            if task.name in targets
+        ]
+
+    def every_task(self) -> list[Task]:
+        """Those too that only an earlier stage of the regime trains on."""
         return [task for entry in self.tasks for task in build_tasks(entry, self.seed)]
+
+    def stage(self, tasks: Sequence[str], **changes: Any) -> Recipe:
+        """The recipe of one stage: these tasks alone, trained jointly, with other keys changed."""
+        entries = []
+        for entry in self.tasks:
+            own = [task.name for task in build_tasks(entry, self.seed) if task.name in tasks]
+            if own and isinstance(entry, SuiteEntry):
+                entry = entry.model_copy(update={"include": own, "exclude": None})
+            entries += [entry] if own else []
+        return self.model_copy(update={"tasks": entries, "regime": Joint(), **changes})
 
     def task_weights(self) -> dict[str, float]:
         """Weight of each task in the loss."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import platform
-import resource
 import shutil
-import sys
 import time
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from peft import PeftModel, get_peft_model
 from rich.console import Console
@@ -20,17 +17,16 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from peml.attached import count
-from peml.config import PemlConfig, part_to_dict
+from peml.config import PemlConfig
 from peml.errors import PemlError
-from peml.evaluation import average
-from peml.prompts import PrefixGenerator
 from peml.training.arguments import one_line
 from peml.training.data import Collator, TaskRows
+from peml.training.distillation import Distillation
 from peml.training.folder import RunFolder, write_text
 from peml.training.progress import RunLog, progress_bar
 from peml.training.recipe import Recipe, load_recipe
-from peml.training.trainer import MultiTaskTrainer, learning_rates
+from peml.training.record import record_of
+from peml.training.trainer import MultiTaskTrainer
 from peml.training.workbench import Workbench, prepare
 
 
@@ -42,8 +38,9 @@ def train(
     overwrite: bool = False,
     console: Console | None = None,
     workbench: Workbench | None = None,
+    stage: Stage | None = None,
 ) -> RunFolder:
-    """Train one adapter on the tasks of a recipe and write its run folder.
+    """Train one adapter jointly on the tasks of a recipe and write its run folder.
 
     Args:
         recipe: a recipe or the path of one.
@@ -52,6 +49,7 @@ def train(
         overwrite: replace a run that lies there.
         console: where progress is shown; None: nowhere.
         workbench: model and rows that are loaded already; its model gets the adapter.
+        stage: what a regime of several stages wants otherwise.
 
     Raises:
         PemlError: bad input, before anything is written; or a training that diverged, before its adapter is.
@@ -63,9 +61,10 @@ def train(
     # Under `accelerate launch` all processes read and compute, and one writes.
     main, wait = arguments.process_index == 0, arguments.distributed_state.wait_for_everyone
     console = console if console is not None and main else Console(quiet=True)
+    stage = stage or Stage()
     folder.check(resume=resume, overwrite=overwrite)
     if resume:
-        _same_recipe(recipe, folder)
+        check_same_recipe(recipe, folder)
         if folder.finished:
             console.print("this run is finished: there is nothing to resume")
             return folder
@@ -75,13 +74,14 @@ def train(
         shortened = {"training": rows.truncated(), "evaluation": bench.check()}
         set_seed(recipe.seed)
         model = attach(bench.model, recipe.config())
+        distillation = None if stage.begin is None else stage.begin(model)
     data = {"rows": {n: [len(bench.train[n]), len(bench.eval[n])] for n in bench.tasks}, "sha256": rows.digest()}
     checkpoint = folder.last_checkpoint() if resume else None
     metrics = folder.read_metrics() if resume else {}
     _same_data(metrics.get("data"), data, checkpoint, folder)
     with progress_bar(console) as progress:
-        log = RunLog(folder, progress)
-        trainer = _trainer(recipe, bench, model, rows, arguments, log)
+        log = RunLog(folder, progress, label=stage.label)
+        trainer = _trainer(recipe, bench, model, rows, arguments, log, distillation)
         # Everything that can be refused has been by now; from here on the folder is written.
         wait()
         if main:
@@ -90,7 +90,7 @@ def train(
             write_text(folder.recipe, recipe.to_yaml())
             log.spent = folder.rewind_log(_step(checkpoint))
         wait()
-        if resume:
+        if resume and (checkpoint or stage.begin is None):
             console.print(f"going on from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting at step 0")
         for kind, counts in shortened.items():
             for task, count_ in counts.items():
@@ -112,12 +112,31 @@ def train(
     wrong = [task for task, scores in metrics["after"].items() if not all(map(math.isfinite, scores.values()))]
     if wrong:
         raise PemlError(f"training diverged: the scores of task {wrong[0]!r} are no numbers; lower the learning rates")
-    metrics |= _record(bench, trainer, log, metrics, seconds)
+    metrics |= record_of(bench, trainer, log, metrics, seconds) | dict(stage.record)
     if main:
         _save(model, folder)
         folder.write_json(folder.metrics, metrics)
     wait()
+    if stage.end is not None:
+        stage.end(model)
     return folder
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a regime of several stages wants of one of them.
+
+    Args:
+        label: beside the bar.
+        begin: called with the fresh adapter, to set where it begins; returns what is learnt from a teacher, or None.
+        end: called with the trained adapter.
+        record: for `metrics.json`.
+    """
+
+    label: str = "train"
+    begin: Callable[[PeftModel], Distillation | None] | None = None
+    end: Callable[[PeftModel], None] | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 def attach(model: PreTrainedModel, config: PemlConfig) -> PeftModel:
@@ -141,6 +160,7 @@ def _trainer(
     rows: TaskRows,
     arguments: TrainingArguments,
     log: RunLog,
+    distillation: Distillation | None,
 ) -> MultiTaskTrainer:
     """The trainer, with optimiser and schedule tried out: what they refuse is refused before anything is written.
 
@@ -155,9 +175,11 @@ def _trainer(
             train_dataset=rows,
             mixing=recipe.build_mixing(),
             prompt_learning_rate=recipe.train.get("prompt_learning_rate"),
+            task_prompt_learning_rate=recipe.train.get("task_prompt_learning_rate"),
             architecture_learning_rate=recipe.train.get("architecture_learning_rate"),
             task_weights=recipe.task_weights(),
             finetune_fraction=recipe.setting("finetune_fraction"),
+            distillation=distillation,
             evaluate_tasks=bench.evaluate,
             data_collator=Collator(_pad_token(bench.tokenizer)),
             processing_class=bench.tokenizer,
@@ -179,30 +201,6 @@ def _trainer(
     return trainer
 
 
-def _record(
-    bench: Workbench, trainer: MultiTaskTrainer, log: RunLog, metrics: dict[str, Any], seconds: float
-) -> dict[str, Any]:
-    """What `metrics.json` says beside the scores."""
-    tuner = trainer.tuner
-    config = tuner.config_in_force
-    assert config is not None
-    record = {
-        "average": {when: average(metrics[when], bench.tasks) for when in ("before", "after") if when in metrics},
-        "train_loss": {t: {"first": log.first_loss[t], "last": log.last_loss[t]} for t in log.first_loss},
-        "parameters": {part: count(own) for part, own in tuner.parts().items() if own},
-        "learning_rates": learning_rates(trainer),
-        "steps": trainer.state.global_step,
-        "train_seconds": round(seconds, 3),
-        "peak_memory_bytes": _peak_memory(),
-        "adapter": part_to_dict(config.adapter),
-        "prompt": part_to_dict(config.prompt),
-        "environment": environment(),
-    }
-    if isinstance(tuner.prompt, PrefixGenerator):
-        record["architecture"] = tuner.prompt.architecture().to_dict()
-    return record
-
-
 def open_run(path: str | Path) -> tuple[Workbench, PeftModel]:
     """Load the model, adapter and evaluation rows of a finished run.
 
@@ -220,7 +218,7 @@ def open_run(path: str | Path) -> tuple[Workbench, PeftModel]:
     return bench, model.eval()
 
 
-def _same_recipe(recipe: Recipe, folder: RunFolder) -> None:
+def check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
     """Refuse to go on with a run under another recipe: the result would be that of neither.
 
     Raises:
@@ -260,18 +258,6 @@ def _step(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, for the record."""
-    packages = ("peml", "torch", "transformers", "peft", "accelerate", "datasets")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-        "device": device,
-        "threads": torch.get_num_threads(),
-    }
-
-
 def _save(model: PeftModel, folder: RunFolder) -> None:
     """Write the adapter beside its final place, then move it there, so that a kill leaves none or all of it."""
     temporary = folder.path / ".adapter"
@@ -288,10 +274,3 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
         if isinstance(token, int):
             return token
     return 0
-
-
-def _peak_memory() -> int:
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

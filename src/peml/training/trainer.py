@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from peml.errors import PemlError
 from peml.mixing import Mixing, MixtureSampler
 from peml.training.data import Collator, TaskRows
+from peml.training.distillation import Distillation
 from peml.training.loss import LossMeter, answer_tokens, task_mean, token_loss_by_task
 from peml.tuner import PemlModel
 
@@ -34,9 +35,11 @@ class MultiTaskTrainer(Trainer):
         args: transformers' arguments; `learning_rate` is the adapter's.
         train_dataset: rows with their tasks; its `task_names` must be the adapter's.
         mixing: how tasks share an epoch and a batch.
-        prompt_learning_rate, architecture_learning_rate: of those parts; None: the prompt's own default.
+        prompt_learning_rate, task_prompt_learning_rate, architecture_learning_rate: of the prompt, of what in it
+            belongs to single tasks, and of what chooses a structure; None: the prompt's own default.
         task_weights: weight of each task in the loss; None: all 1.
         finetune_fraction: share of the steps after the architecture is derived.
+        distillation: what is learnt from a teacher; None: nothing.
         evaluate_tasks: called with the model, returns `{task: {metric: value}}`; the first metric of each task
             enters `eval_average`.
         kwargs: as for `transformers.Trainer`.
@@ -53,9 +56,11 @@ class MultiTaskTrainer(Trainer):
         train_dataset: TaskRows,
         mixing: Mixing | None = None,
         prompt_learning_rate: float | None = None,
+        task_prompt_learning_rate: float | None = None,
         architecture_learning_rate: float | None = None,
         task_weights: Mapping[str, float] | None = None,
         finetune_fraction: float = FINETUNE_FRACTION,
+        distillation: Distillation | None = None,
         evaluate_tasks: Callable[[nn.Module], dict[str, dict[str, float]]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -76,7 +81,12 @@ class MultiTaskTrainer(Trainer):
         if config is None or self.task_names != config.task_names:
             trained = "none" if config is None else ", ".join(config.task_names)
             raise PemlError(f"the data has the tasks {', '.join(self.task_names)}, the active adapter {trained}")
-        self._rates = {"prompt": prompt_learning_rate, "architecture": architecture_learning_rate}
+        self._rates = {
+            "prompt": prompt_learning_rate,
+            "prompt per task": task_prompt_learning_rate,
+            "architecture": architecture_learning_rate,
+        }
+        self._distillation = distillation
         self._weights = None if task_weights is None else torch.tensor([task_weights[n] for n in self.task_names])
         self._evaluate_tasks = evaluate_tasks
         self._meter = LossMeter(self.task_names)
@@ -112,7 +122,10 @@ class MultiTaskTrainer(Trainer):
     ) -> Any:
         """Task-mean loss of the answers, plus the penalties of prompt and features."""
         labels, tasks = inputs["labels"], inputs["tasks"]
-        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
+        given = {k: v for k, v in inputs.items() if k != "labels"}
+        if self._distillation is not None:
+            given["output_hidden_states"] = True
+        outputs = model(**given)
         sums = token_loss_by_task(outputs.logits, labels, tasks, len(self.task_names), self.args.label_smoothing_factor)
         tokens = answer_tokens(labels, tasks, len(self.task_names))
         if model.training:
@@ -120,15 +133,12 @@ class MultiTaskTrainer(Trainer):
         whole = num_items_in_batch if isinstance(num_items_in_batch, Tensor) else tokens
         # Gradients are averaged over devices, whereas `whole` already counts all of them.
         loss = task_mean(sums, whole.to(sums.device), self._weights) * self.accelerator.num_processes
-        loss = loss + self._penalty() / getattr(self, "current_gradient_accumulation_steps", 1)
-        return (loss, outputs) if return_outputs else loss
-
-    def _penalty(self) -> Tensor | float:
-        if not torch.is_grad_enabled():
-            return 0.0
-        terms = self.tuner.penalties()
+        terms = self.tuner.penalties() if torch.is_grad_enabled() else {}
+        if self._distillation is not None and torch.is_grad_enabled():
+            terms |= self._distillation(model, given, labels, outputs)
         self._penalties = {name: term.detach() for name, term in terms.items()}
-        return sum(terms.values(), 0.0)
+        loss = loss + sum(terms.values(), 0.0) / getattr(self, "current_gradient_accumulation_steps", 1)
+        return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group per part: adapter, adapter per task (no decay), prompt, architecture (no decay)."""
@@ -141,27 +151,38 @@ class MultiTaskTrainer(Trainer):
         parts, stacked = self.tuner.parts(), self.tuner.per_task_parameters()
         # What `modules_to_save` made trainable goes with the adapter.
         parts["adapter"] = parts["adapter"] + parts["other"]
-        decay, rate = self.args.weight_decay, self.args.learning_rate
-        prompt = self.tuner.config_in_force.prompt if self.tuner.config_in_force else None
+        own = {"adapter per task": [], "prompt per task": []}  # type: dict[str, list[nn.Parameter]]
+        for part in ("adapter", "prompt"):
+            own[f"{part} per task"] = [p for p in parts[part] if id(p) in stacked]
+            parts[part] = [p for p in parts[part] if id(p) not in stacked]
+        rate, rates = self.args.learning_rate, self._learning_rates()
+        # What belongs to single tasks, or chooses a structure, is not drawn to zero.
+        decays = {"adapter": self.args.weight_decay, "prompt": self.args.weight_decay}
         groups = [
-            ("adapter", [p for p in parts["adapter"] if id(p) not in stacked], rate, decay),
-            ("adapter per task", [p for p in parts["adapter"] if id(p) in stacked], rate, 0.0),
+            (name, params, rates.get(name, rate), decays.get(name, 0.0))
+            for name in ("adapter", "adapter per task", "prompt", "prompt per task", "architecture")
+            for params in [{**parts, **own}[name]]
         ]
-        for part in ("prompt", "architecture"):
-            own = getattr(prompt, f"{part}_learning_rate", rate)
-            groups.append(
-                (
-                    part,
-                    parts[part],
-                    own if self._rates[part] is None else self._rates[part],
-                    decay if part == "prompt" else 0.0,
-                )
-            )
         return [
             {"name": name, "params": trainable, "lr": lr, "weight_decay": wd}
             for name, params, lr, wd in groups
             if (trainable := [p for p in params if p.requires_grad])
         ]
+
+    def _learning_rates(self) -> dict[str, float]:
+        """Of the groups that have one of their own: as given, else the prompt's default."""
+        config = self.tuner.config_in_force
+        prompt = None if config is None else config.prompt
+        if prompt is None:
+            return {}
+        shared = self._rates["prompt"]
+        shared = prompt.prompt_learning_rate if shared is None else shared
+        per_task, architecture = self._rates["prompt per task"], self._rates["architecture"]
+        return {
+            "prompt": shared,
+            "prompt per task": shared * prompt.task_rate_factor if per_task is None else per_task,
+            "architecture": prompt.architecture_learning_rate if architecture is None else architecture,
+        }
 
     def finish_from(self, checkpoint: Path) -> None:
         """Take over the checkpoint of the last step: nothing is left to train, only to derive."""

@@ -88,8 +88,10 @@ def model_path(name: str) -> str:
     return str(local.resolve()) if local.exists() else str(local) if name.startswith("~") else name
 
 
-def prepare(recipe: Recipe, *, training: bool = True) -> Workbench:
-    """Read the rows, then load tokeniser and model.
+def prepare(
+    recipe: Recipe, *, training: bool = True, base: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
+) -> Workbench:
+    """Read the rows, then load tokeniser and model, unless they are there.
 
     Raises:
         PemlError: a bad row, an empty task, or a model that cannot be loaded.
@@ -98,7 +100,7 @@ def prepare(recipe: Recipe, *, training: bool = True) -> Workbench:
     # Rows first: a typing error in a file should not wait for gigabytes of weights.
     train = {name: task.examples("train") for name, task in tasks.items()} if training else {}
     held_out = {name: task.examples("eval") for name, task in tasks.items()}
-    tokenizer, model = load_base(recipe)
+    tokenizer, model = load_base(recipe) if base is None else base
     if not held_out or not all(held_out.values()):
         empty = next((name for name, rows in held_out.items() if not rows), "?")
         raise PemlError(f"task {empty!r} has no rows to evaluate on: give it some or leave it out")

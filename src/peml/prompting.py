@@ -1,0 +1,128 @@
+"""The part of a tuner that gives a model its prompt, and every forward its prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.utils.integrations import init_empty_weights
+from torch import Tensor
+
+from peml.attached import Attached
+from peml.attention import PromptHost, soft
+from peml.errors import PemlError
+from peml.prompts import Prefix, PrefixGenerator, Prompt, SoftPrompt, Texts, WordPromptConfig
+from peml.routing import Forward, Route
+
+
+class Prompting(Attached):
+    """Adds prompts, and computes their keys and values."""
+
+    def _add_prompt(self, host: PromptHost, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+        config = self.peft_config[adapter_name]
+        assert config.prompt is not None
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            prompt = config.prompt.build(host.shape, len(config.task_names))
+        device = next(p for p in self.model.parameters()).device
+        if "meta" not in (device.type, next(prompt.parameters()).device.type):
+            prompt.to(device)
+            if isinstance(config.prompt, WordPromptConfig) and not config.stored:
+                self._begin_at_words(prompt, config.prompt)
+        trained = [(parameter, parameter.requires_grad) for parameter in host.parameters()]
+        host.peml_prompt[adapter_name] = prompt
+        host.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # type: ignore[operator]
+        for parameter, requires_grad in trained:
+            # A further adapter, perhaps for inference only, must not freeze the one in training.
+            parameter.requires_grad = requires_grad
+
+    @torch.no_grad()
+    def _begin_at_words(self, prompt: Any, config: WordPromptConfig) -> None:
+        """Set a prompt to words of the vocabulary, or to the keys and values that the model has for them."""
+        lengths = config.num_virtual_tokens
+        ids = soft.word_ids(self.model, config, lengths if isinstance(lengths, int) else max(lengths))
+        if ids is None:
+            return
+        embeddings = self.model.get_input_embeddings()
+        words = embeddings(ids.to(embeddings.weight.device))
+        if isinstance(prompt, SoftPrompt):
+            prompt.start_from(words)
+        else:
+            training = self.model.training
+            self.model.eval()
+            with self.ablated("adapter"):
+                found = soft.run(self.model, words[None], Forward(model=self.model))
+            self.model.train(training)
+            prompt.fill([found[slot] for slot in range(len(found))])
+
+    def with_prefix(self, forward: Forward, text: tuple[Tensor, Tensor | None] | None) -> Forward:
+        """The forward of a batch, with keys and values of the active prompt, computed once.
+
+        Args:
+            forward: with its route.
+            text: ids or embeddings of the batch and which of them a prompt may read; None: not known.
+        """
+        host = self._prompt_host()
+        prompt = None if host is None else host.active()
+        if prompt is None:
+            return forward
+        route, config = forward.route, self._active_config()
+        if prompt.needs_task and route is None:
+            names = ", ".join(config.task_names)
+            raise PemlError(f"this adapter has a prompt per task: pass tasks= with one of {names} per row")
+        present = None if route is None else route.present
+        if isinstance(prompt, Prefix):
+            prefix = {slot: layer for slot, layer in enumerate(prompt(present)) if layer is not None}
+            return replace(forward, prefix=prefix, generated=prompt.generated)
+        assert isinstance(prompt, SoftPrompt)
+        if prompt.reads_input:
+            tokens, own = prompt(present, self._texts(text, route)), route
+        else:
+            tokens, own = prompt(present), None
+            if config.needs_task and route is not None:
+                # What a shared prompt becomes differs by task where the adapter does.
+                tokens, own = tokens.expand(len(route.present), -1, -1), Route.of_ids(route.present)
+        inside = replace(forward, route=own, cores=self._cores(own))
+        prefix = soft.run(self.model, tokens, inside)
+        offset = soft.position_offset(self.model, tokens.shape[1])
+        return replace(forward, prefix=prefix, generated=True, by_row=prompt.reads_input, offset=offset)
+
+    @contextmanager
+    def prompted_by(self, prompt: Prompt) -> Iterator[None]:
+        """Another prompt in place of the active adapter inside the block, as if it were trained alone."""
+        host = self._prompt_host()
+        if host is None:
+            raise PemlError("this model has not been given a prompt")
+        with self.ablated("adapter"), host.standing_in(prompt):
+            yield
+
+    def _texts(self, text: tuple[Tensor, Tensor | None] | None, route: Route | None) -> Texts:
+        """What a prompt reads of a batch."""
+        assert route is not None
+        if text is None:
+            raise PemlError("this adapter's prompt is made from the text: call the model with input_ids=")
+        given, mask = text
+        embeddings = self.model.get_input_embeddings()
+        embedded = given if given.is_floating_point() else embeddings(given.to(embeddings.weight.device))
+        mask = torch.ones(embedded.shape[:2], device=embedded.device) if mask is None else mask.to(embedded.device)
+        group = route.groups(len(embedded), embedded.device).expand(len(embedded))
+        return Texts(embedded, mask.bool(), group)
+
+    def collapse_prompt(self) -> None:
+        """Replace a generated prefix by the table of keys and values that it has become.
+
+        The generator is thrown away: the adapter gets smaller and faster, and cannot be searched further.
+        """
+        config, prompt = self._active_config(), self.prompt
+        if not isinstance(prompt, PrefixGenerator):
+            raise PemlError("there is no generated prefix to collapse")
+        if prompt.searching:
+            prompt.derive()
+        host = self._prompt_host()
+        assert host is not None
+        config.prompt, table = prompt.collapse()
+        table.requires_grad_(prompt.seed.requires_grad)
+        assert self.adapter_in_force is not None
+        host.peml_prompt[self.adapter_in_force] = table

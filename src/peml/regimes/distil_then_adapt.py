@@ -1,0 +1,164 @@
+"""Multitask prompt tuning as its paper trains it: teachers, a student of all of them, adaptation to the targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from torch import Tensor
+
+from peml.attached import HOST
+from peml.prompts import MultitaskPrompt, Prompt
+from peml.training.data import TaskRows
+from peml.training.distillation import Distillation
+from peml.training.folder import RunFolder, write_text
+from peml.training.recipe import MixingSection, Recipe
+from peml.training.regime import DistilThenAdapt
+from peml.training.run import Stage, check_same_recipe, train
+from peml.training.workbench import Workbench, load_base, prepare
+from peml.tuner import PemlModel
+
+
+def distil_then_adapt(
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    workbench: Workbench | None = None,
+) -> RunFolder:
+    """Train a multitask prompt in three stages, each a run of its own below `stages/`, the last one the run itself.
+
+    0. Teachers: one prompt per source task, by plain prompt tuning.
+    1. Student: one multitask prompt for all sources, with the losses of `Distillation`; every batch has k ~ U{2..T}
+       tasks.
+    2. Adaptation: the targets start at the student's shared prompt, and at the mean of the sources' factors; shared
+       prompt and factors have learning rates of their own.
+
+    Paper: MPT, arXiv:2303.02861, section 3. Our choice: the teachers' prompts are trained side by side, in mixed
+    batches, which gives each of them gradients of its own task alone; a target that was a source keeps its own factors;
+    all targets are adapted together; an adapter, where the method has one, is trained in the last stage only.
+
+    Args:
+        recipe: whose regime has sources, targets, and what is different in the first two stages.
+        output: folder of the run.
+        resume: go on where an interrupted run stopped, in whichever stage.
+        overwrite: replace a run that lies there.
+        console: where progress is shown; None: nowhere.
+        workbench: only its model and tokenizer are used.
+
+    Raises:
+        PemlError: bad input, before anything is written; or a stage that diverged.
+    """
+    how = recipe.how
+    assert isinstance(how, DistilThenAdapt)
+    folder = RunFolder(output)
+    arguments = recipe.training_arguments(str(folder.checkpoints))
+    main, wait = arguments.process_index == 0, arguments.distributed_state.wait_for_everyone
+    folder.check(resume=resume, overwrite=overwrite)
+    if resume:
+        check_same_recipe(recipe, folder)
+        if folder.finished:
+            return train(recipe, output, resume=True, console=console)
+    stages = _recipes(recipe, how)
+    base = load_base(recipe) if workbench is None else (workbench.tokenizer, workbench.model)
+    # The rows of all stages first: the last one should not fail after hours in the others.
+    benches = {name: prepare(stage, base=base) for name, stage in stages.items()}
+    for bench in benches.values():
+        TaskRows.encode(bench.tokenizer, bench.train, bench.max_length)
+        bench.check()
+    wait()
+    if main and not (resume and folder.is_run):
+        folder.create(overwrite=overwrite)
+        write_text(folder.recipe, recipe.to_yaml())
+    wait()
+    teachers, student = (RunFolder(folder.stages / name) for name in ("teachers", "student"))
+    begins: dict[str, Callable[[PeftModel], Distillation | None]] = {
+        "teachers": lambda model: None,
+        "student": lambda model: _taught(model, how, teachers) if "teachers" in stages else None,
+        "targets": lambda model: _adapted(model, student),
+    }
+    bill: dict[str, Any] = {}
+    for name, bench in benches.items():
+        last = name == "targets"
+        run = folder if last else RunFolder(folder.stages / name)
+        if last or not run.finished:
+            stage = Stage(name, begins[name], lambda model: model.unload(), {"stages": bill} if last else {})
+            train(stages[name], run.path, resume=run.is_run, console=console, workbench=bench, stage=stage)
+        bill[name] = _cost(run)
+    return folder
+
+
+def _recipes(recipe: Recipe, how: DistilThenAdapt) -> dict[str, Recipe]:
+    """Recipes of the stages, by name, in their order; without teachers if nothing is learnt from them."""
+    everything = recipe.every_task()
+    sources = how.source_names([task.name for task in everything])
+    prompt = recipe.config().prompt
+    assert isinstance(prompt, MultitaskPrompt)
+    stages = {}
+    if how.distillation_weight > 0:
+        teacher = {
+            "prompt.per_task": True,
+            "prompt.num_virtual_tokens": prompt.num_virtual_tokens,
+            "prompt.prompt_tuning_init": prompt.prompt_tuning_init,
+            "prompt.prompt_tuning_init_text": prompt.prompt_tuning_init_text,
+            "prompt.tokenizer_name_or_path": prompt.tokenizer_name_or_path,
+        }
+        train_of = {**recipe.train, **how.teachers}
+        stages["teachers"] = recipe.stage(
+            sources, method="prompt-tuning", set=teacher, train=train_of, evaluate_before=False
+        )
+    own = {key: value for key, value in recipe.set.items() if key.partition(".")[0] == "prompt"}
+    stages["student"] = recipe.stage(
+        sources,
+        method="mpt",
+        set=own,
+        train={**recipe.train, **how.student},
+        mixing=MixingSection(by="subset"),
+        evaluate_before=False,
+    )
+    return stages | {"targets": recipe}
+
+
+def _taught(model: PeftModel, how: DistilThenAdapt, teachers: RunFolder) -> Distillation:
+    """What the student learns from."""
+    tuner = cast("PemlModel", model.base_model)
+    teacher, _ = _prompt_of(model, teachers)
+    return Distillation(tuner, teacher, how.distillation_weight, how.hidden_layers)
+
+
+@torch.no_grad()
+def _adapted(model: PeftModel, student: RunFolder) -> None:
+    """Begin at the shared prompt of the student; factors of a new task at the mean of the sources'."""
+    tuner = cast("PemlModel", model.base_model)
+    config, prompt = tuner.config_in_force, tuner.prompt
+    assert config is not None
+    source, names = _prompt_of(model, student)
+    by_task = set(prompt.task_parameters)
+    for key, parameter in prompt.named_parameters():
+        learnt: Tensor = source.get_parameter(key)
+        if key in by_task:
+            rows = [learnt[names.index(n)] if n in names else learnt.mean(0) for n in config.task_names]
+            learnt = torch.stack(rows)
+        parameter.copy_(learnt)
+
+
+def _prompt_of(model: PeftModel, folder: RunFolder) -> tuple[Prompt, list[str]]:
+    """The trained prompt of an earlier stage, and the tasks of its rows."""
+    model.load_adapter(str(folder.adapter), "earlier")
+    prompt: Prompt = model.base_model.model.get_submodule(HOST).peml_prompt["earlier"]
+    names = list(model.peft_config["earlier"].task_names)
+    model.delete_adapter("earlier")
+    return prompt, names
+
+
+def _cost(folder: RunFolder) -> dict[str, Any]:
+    """What a stage took and trained, for the bill of the whole."""
+    metrics = folder.read_metrics()
+    keys = ("steps", "train_seconds", "peak_memory_bytes", "parameters", "learning_rates", "after", "average")
+    return {key: metrics[key] for key in keys if key in metrics}
