@@ -125,6 +125,17 @@ def check_gradients(family: str, backend: str, checkpointing: bool = False) -> N
     assert_same(*found)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_prompts_at_the_input(family: str, backend: str) -> None:
+    """Soft tokens are run through the same attention, and are no packed text."""
+    model, row = adapt(families.build(family, "sdpa"), prompt=peml.PromptTuning(3, per_task=True)), texts()[1]
+    wanted = model(input_ids=row[None], tasks="rte").logits
+    model.base_model.model.set_attn_implementation(backend)
+    close(model(input_ids=row[None], tasks="rte").logits, wanted, "sdpa")
+
+
 def test_flex_attention_has_no_gradients_on_a_cpu() -> None:
     """Torch's own word, about the plain model."""
     with pytest.raises(NotImplementedError, match="backward on CPU"):
