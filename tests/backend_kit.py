@@ -22,7 +22,7 @@ def flash_by_loops(
     assert sliding_window is None or key.shape[2] <= sliding_window, "the window would be applied"
     positions = kwargs.get("position_ids")
     packed = positions is not None and bool((positions.diff(dim=-1) != 1).any())
-    assert mask is not None or not packed and kwargs.get("cu_seq_lens_q") is None, "texts would be told apart"
+    assert mask is not None or (not packed and kwargs.get("cu_seq_lens_q") is None), "texts would be told apart"
     rows, heads, queries, _ = query.shape
     mask = torch.ones(rows, key.shape[2], dtype=torch.bool) if mask is None else mask.bool()
     asking = mask[:, -queries:] if queries > 1 else torch.ones(rows, 1, dtype=torch.bool)
