@@ -98,8 +98,11 @@ PROMPTS = {
     "shared": peml.PrefixTuning(3),
     "gated": peml.PrefixTuning((2, 3), gated=True),
     "per task": peml.PrefixTuning((3, 2), per_task=True),
+    "soft, per task": peml.PromptTuning(3, per_task=True),
     "per task, gated": peml.PrefixTuning(2, per_task=True, gated=True),
 }
+TABLES = [name for name, prompt in PROMPTS.items() if isinstance(prompt, peml.PrefixTuning)]
+"""Those whose keys and values the slow reference can be given."""
 NEW = 3
 """Tokens that are generated."""
 

@@ -174,16 +174,28 @@ def prefix_tuning(tensors: Tensors, settings: Settings, shapes: Sequence[tuple[i
     return layers
 
 
-def prompt_tuning(tensors: Tensors, settings: Settings, task: int) -> Tensor:
+def prompt_tuning(tensors: Tensors, settings: Settings, task: int, text: Tensor) -> Tensor:
     """Q, or Q_t."""
     return tensors["tokens"][task if settings["per_task"] else 0]
 
 
-def multitask_prompt(tensors: Tensors, settings: Settings, task: int) -> Tensor:
+def multitask_prompt(tensors: Tensors, settings: Settings, task: int, text: Tensor) -> Tensor:
     """Q .* sum over ranks of u v'."""
     u, v = tensors["by_token"][task], tensors["by_feature"][task]
     factor = sum(torch.outer(u[:, r], v[r]) for r in range(settings["num_ranks"]))
     return tensors["shared"] * factor
+
+
+def attempt(tensors: Tensors, settings: Settings, task: int, text: Tensor) -> Tensor:
+    """Q_t + sum_j a_j Q_j over the sources and Q_t itself."""
+    own = tensors["tokens"][task]
+    x = torch.stack([text[:, e].max() for e in range(text.shape[1])])
+    hidden = tensors["down"] @ x
+    h = tensors["up"] @ (hidden / (1 + torch.exp(-hidden)))
+    h = (h - h.mean()) / torch.sqrt(h.var(unbiased=False) + 1e-5) * tensors["norm_weight"] + tensors["norm_bias"]
+    candidates = [*tensors["sources"], own]
+    scores = [torch.exp(candidate.max(0).values @ h / settings["temperature"]) for candidate in candidates]
+    return own + sum(score / sum(scores) * candidate for score, candidate in zip(scores, candidates, strict=True))
 
 
 def deep_multitask(tensors: Tensors, settings: Settings, shapes: Sequence[tuple[int, int]], task: int):
@@ -288,8 +300,12 @@ PROMPTS: dict[str, Callable[..., list[Prefix | None]]] = {
     "MultitaskPrompt": deep_multitask,
 }
 
-SOFT: dict[str, Callable[..., Tensor]] = {"PromptTuning": prompt_tuning, "MultitaskPrompt": multitask_prompt}
-"""Prompts at the input: `[P, E]` of one task."""
+SOFT: dict[str, Callable[..., Tensor]] = {
+    "PromptTuning": prompt_tuning,
+    "MultitaskPrompt": multitask_prompt,
+    "Attempt": attempt,
+}
+"""Prompts at the input: `[P, E]` of one task and one text `[S, E]`."""
 
 
 # A whole model.

@@ -10,7 +10,7 @@ import families
 import peml
 import zoo
 from backend_kit import FLASH, WARNINGS, without_a_compiler_or_a_kernel  # noqa: F401
-from families import NEW, PROMPTS, asked, asked_padded, made, prefix_of, targets, texts
+from families import NEW, PROMPTS, TABLES, asked, asked_padded, made, prefix_of, targets, texts
 from family_table import BACKEND_FAMILIES, BACKENDS, NO_PACKING, backend_cells
 from models import adapt, assert_same, gradients, probe_loss
 from peml import PemlError
@@ -35,7 +35,7 @@ def gates(backend: str, prompt: str) -> str:
 
 
 @cells("forward")
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", TABLES)
 @torch.no_grad()
 def test_forward(family: str, backend: str, prompt: str) -> None:
     if backend == FLASH and "gated" in prompt:

@@ -62,7 +62,7 @@ def test_every_part_is_frozen_and_documented(kind: type) -> None:
         ),
         (
             {"task_names": ["a"], "prompt": peml.LoRA()},
-            "prompt must be one of PrefixTuning, PrefixNAS, PromptTuning, MultitaskPrompt, not LoRA",
+            "prompt must be one of PrefixTuning, PrefixNAS, PromptTuning, MultitaskPrompt, Attempt, not LoRA",
         ),
         ({"task_names": ["a"], "adapter": {"type": "Lora"}}, "unknown type 'Lora'; choose from LoRA, SingleTaskLoRA"),
         ({"task_names": ["a"], "adapter": {"r": 8}}, "unknown type None"),

@@ -15,7 +15,7 @@ import families
 import peml
 from families import (
     NEW,
-    PROMPTS,
+    TABLES,
     asked,
     asked_padded,
     batched,
@@ -48,7 +48,7 @@ def of(family: str, *others: str):
     return pytest.param(family, *others, marks=FAMILIES[family].marks)
 
 
-prompts = pytest.mark.parametrize("prompt", PROMPTS)
+prompts = pytest.mark.parametrize("prompt", TABLES)
 few_prompts = pytest.mark.parametrize("prompt", ["shared", "per task, gated"])
 
 

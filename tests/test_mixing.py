@@ -120,7 +120,7 @@ def test_a_large_mixture_is_drawn_quickly() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"by": "size"}, "`by` must be one of proportional, temperature, equal, not 'size'"),
+        ({"by": "size"}, "`by` must be one of proportional, temperature, equal, subset, not 'size'"),
         ({"batches": "one"}, "`batches` must be one of mixed, homogeneous, not 'one'"),
         ({"temperature": 0.0}, "`temperature` must be above 0, not 0.0"),
         ({"temperature": float("nan")}, "`temperature` must be above 0"),
@@ -142,3 +142,34 @@ def test_bad_rows_are_refused() -> None:
     for seed, batch_size, samples in ((-1, 1, 1), (0, 0, 1), (0, 1, 0)):
         with pytest.raises(PemlError, match=f"they are {seed}, {batch_size} and {samples}"):
             MixtureSampler([0], Mixing(), seed, batch_size, samples)
+
+
+def test_every_batch_has_a_subset_of_the_tasks() -> None:
+    source = sampler(Mixing(by="subset"), batch_size=6, num_samples=600)
+    drawn = epoch(source, 0)
+    kinds, shares = Counter(), Counter()
+    for begin in range(0, len(drawn), 6):
+        counts = Counter(int(ROW_TASKS[row]) for row in drawn[begin : begin + 6])
+        kinds[len(counts)] += 1
+        shares.update(counts.keys())
+        assert set(counts.values()) == {6 // len(counts)}
+    assert set(kinds) == {2, 3} and 30 < kinds[2] < 70  # k ~ U{2, 3}
+    assert min(shares.values()) > 70 and len(drawn) == 600
+
+
+def test_subsets_depend_on_seed_and_epoch_alone_and_go_through_all_rows() -> None:
+    mixing = Mixing(by="subset")
+    first = sampler(mixing, seed=7)
+    uninterrupted = [epoch(first, number) for number in range(8)]
+    assert epoch(sampler(mixing, seed=7), 5) == uninterrupted[5]
+    assert epoch(sampler(mixing, seed=8), 5) != uninterrupted[5]
+    rows = [row for part in uninterrupted for row in part]
+    for task in range(3):
+        own = Counter(row for row in rows if ROW_TASKS[row] == task)
+        assert len(own) == SIZES[task] and max(own.values()) - min(own.values()) <= 1  # in passes, over the epochs
+
+
+def test_subsets_take_no_other_setting() -> None:
+    for wrong in ({"batches": "homogeneous"}, {"cap": 3}):
+        with pytest.raises(PemlError, match="by: subset"):
+            Mixing(by="subset", **wrong)

@@ -12,6 +12,7 @@ import pytest
 import peml
 
 NAMES = [
+    "Attempt",
     "CGCLoRA",
     "CPoly",
     "HydraLoRA",

@@ -260,6 +260,6 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-DECODERS = [name for name, family in FAMILIES.items() if family.decoder]
+DECODERS = [name for name, family in FAMILIES.items() if family.decoder and not family.encoder]
 ENCODER_DECODERS = [name for name, family in FAMILIES.items() if family.encoder]
 ENCODERS = [name for name, family in FAMILIES.items() if not family.decoder]

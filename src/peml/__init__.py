@@ -13,7 +13,7 @@ from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.evaluation import evaluate_tasks
 from peml.methods import match_params, method, methods
-from peml.prompts import MultitaskPrompt, PrefixNAS, PrefixTuning, PromptTuning
+from peml.prompts import Attempt, MultitaskPrompt, PrefixNAS, PrefixTuning, PromptTuning
 from peml.regimes import train
 from peml.tasks import Task
 from peml.training import MultiTaskTrainer, Recipe
@@ -35,6 +35,7 @@ __all__ = [  # noqa: RUF022  (in the order in which a reader meets them)
     "PrefixNAS",
     "PromptTuning",
     "MultitaskPrompt",
+    "Attempt",
     # Named combinations of these
     "method",
     "methods",

@@ -44,6 +44,9 @@ class Opener(Protocol):
     def counts_positions(self) -> bool:
         """Whether the model counts positions from the left, as decoders do."""
 
+    def reads_input(self) -> bool:
+        """Whether every row has a prompt of its own, made from its text."""
+
 
 _REPLACED = ("generate", "generate_batch", "init_continuous_batching")
 
@@ -108,9 +111,7 @@ class ForwardHooks:
         # Soft tokens are run, and an encoder is called, before any hook of the whole model is.
         attention.engage(self.model)
         with torch.no_grad():
-            forward = self.opener.open_forward(
-                tasks, self._rows(args, kwargs), text=self._text(args, kwargs, kwargs.pop("input_mask", None))
-            )
+            forward = self.opener.open_forward(tasks, self._rows(args, kwargs), text=self._prompted(args, kwargs))
         with routing.opened(replace(forward, prefix=forward.prefix or {}, prepared={})):
             return self.originals["generate"](*args, **kwargs)
 
@@ -153,13 +154,17 @@ class ForwardHooks:
 
     def _check_packing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse texts packed into one row where the model would let them see each other."""
-        positions = self._argument("position_ids", args, kwargs)
-        if attention.packs(self.model) or not isinstance(positions, Tensor):
+        positions, reads = self._argument("position_ids", args, kwargs), self.opener.reads_input()
+        if (attention.packs(self.model) and not reads) or not isinstance(positions, Tensor):
             return
         others = () if self._encodes_first() else ("attention_mask", "past_key_values")
         if any(self._argument(name, args, kwargs) is not None for name in others):
             return
         if bool((positions.diff(dim=-1) != 1).any()):
+            if reads:
+                raise PemlError(
+                    "a prompt made from the text cannot serve rows that pack several texts: give each a row of its own"
+                )
             instead = "" if self._encodes_first() else ", or pass a 4D attention_mask"
             raise PemlError(
                 f"{type(self.model).__name__} does not keep texts apart that are packed into one row (positions that "
@@ -201,8 +206,21 @@ class ForwardHooks:
         batch = next((batch for batch in given if isinstance(batch, Tensor)), None)
         if batch is None:
             return None
-        mask = kwargs.get("attention_mask") if input_mask is None else input_mask
-        return batch, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        cache = self._argument("past_key_values", args, kwargs)
+        if self.opener.reads_input() and cache is not None and cache.get_seq_length() > 0:
+            raise PemlError(
+                "this adapter's prompt is made from the whole text, and a step through a cache has only its end: call "
+                "generate(), or the model with the whole text"
+            )
+        return batch, input_mask
+
+    def _prompted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
+        """What `generate` goes on from: all of it may be read, but padding."""
+        given, mask = kwargs.pop("input_mask", None), kwargs.get("attention_mask")
+        text = self._text(args, kwargs, mask if given is None else given)
+        if text is None or text[1] is not None:
+            return text
+        return text[0], torch.ones(text[0].shape[:2], device=text[0].device)
 
     def _moved(self, args: tuple[Any, ...], kwargs: dict[str, Any], offset: int) -> dict[str, Any]:
         """The call with learned positions moved, to make room for soft tokens in front of the text."""

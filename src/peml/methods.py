@@ -26,7 +26,7 @@ from peml.adapters import (
 )
 from peml.config import PemlConfig, changed
 from peml.errors import PemlError
-from peml.prompts import MultitaskPrompt, PrefixNAS, PrefixTuning, PromptConfig, PromptTuning
+from peml.prompts import Attempt, MultitaskPrompt, PrefixNAS, PrefixTuning, PromptConfig, PromptTuning
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ METHODS: dict[str, Method] = {
     "prefix": Method(None, PrefixTuning(), "joint", "free keys and values in every layer (arXiv:2101.00190)"),
     "prompt-tuning": Method(None, PromptTuning(), "joint", "soft tokens before the text (arXiv:2104.08691)"),
     "mpt": Method(None, MultitaskPrompt(), "distil_then_adapt", "one prompt times factors per task (arXiv:2303.02861)"),
+    "attempt": Method(None, Attempt(), "distil_then_adapt", "prompts mixed by the text (arXiv:2205.11961)"),
     "lora+prefix": Method(LoRA(), PrefixTuning(), "joint", "both, the baseline that PEML has to beat"),
     "prefix-nas": Method(None, PrefixNAS(), "joint", "a searched prefix alone"),
     "peml": Method(LoRA(), PrefixNAS(), "joint", "LoRA and a searched prefix, trained together (arXiv:2605.14055)"),

@@ -104,11 +104,20 @@ class Prompting(Attached):
         if text is None:
             raise PemlError("this adapter's prompt is made from the text: call the model with input_ids=")
         given, mask = text
+        if mask is None:
+            raise PemlError(
+                "this adapter's prompt is made from the text, which in training holds the answer too: pass input_mask= "
+                "(rows x tokens), 1 on the tokens that may be read"
+            )
         embeddings = self.model.get_input_embeddings()
         embedded = given if given.is_floating_point() else embeddings(given.to(embeddings.weight.device))
-        mask = torch.ones(embedded.shape[:2], device=embedded.device) if mask is None else mask.to(embedded.device)
+        if mask.shape != embedded.shape[:2] or not bool(mask.any(1).all()):
+            raise PemlError(
+                f"input_mask= is {list(mask.shape)} for texts of {list(embedded.shape[:2])}: it needs their shape, and "
+                "some token to read in every row"
+            )
         group = route.groups(len(embedded), embedded.device).expand(len(embedded))
-        return Texts(embedded, mask.bool(), group)
+        return Texts(embedded, mask.to(embedded.device).bool(), group)
 
     def collapse_prompt(self) -> None:
         """Replace a generated prefix by the table of keys and values that it has become.

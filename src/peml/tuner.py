@@ -25,6 +25,7 @@ from peml.hooks import ForwardHooks
 from peml.merging import Merging
 from peml.mlp import fuse_mlps
 from peml.prompting import Prompting
+from peml.prompts import SoftPrompt
 from peml.routing import Forward, Route, Tasks
 
 HEADS_OF_PEFT = ("classifier", "score", "qa_outputs")
@@ -277,6 +278,12 @@ class PemlModel(Prompting, Merging, Growing):
         """Whether the model counts positions from the left, as decoders do."""
         host = self._prompt_host()
         return host is not None and host.causal
+
+    def reads_input(self) -> bool:
+        """Whether every row has a prompt of its own, made from its text."""
+        host = self._prompt_host()
+        prompt = None if host is None else host.active()
+        return isinstance(prompt, SoftPrompt) and prompt.reads_input
 
     def _install_hooks(self) -> None:
         if HOOKS not in self.model.__dict__:

@@ -35,6 +35,7 @@ def generated(model: PeftModel, batch: Tensor, **settings) -> Tensor:
     ids=lambda value: getattr(value, "name", value),
 )
 def test_greedy(family: str, case: Case) -> None:
+    case.check_steps()
     model, batch, tasks = case.build(family), tokens(3, 5), ["cola", "rte", "cola"]
     assert torch.equal(generated(model, batch, tasks=tasks), argmax_loop(model, batch, tasks))
 
@@ -42,6 +43,7 @@ def test_greedy(family: str, case: Case) -> None:
 @pytest.mark.parametrize("family", DECODERS)
 @few_cases
 def test_greedy_with_left_padding(family: str, case: Case) -> None:
+    case.check_steps()
     model, batch, tasks = case.build(family), tokens(3, 5), ["cola", "rte", "cola"]
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
     batch[mask == 0] = 1
@@ -52,6 +54,7 @@ def test_greedy_with_left_padding(family: str, case: Case) -> None:
 @few_cases
 @pytest.mark.parametrize("padded", [False, True])
 def test_static_cache(case: Case, padded: bool) -> None:
+    case.check_steps()
     model, batch, tasks = case.build(), tokens(2, 5), ["cola", "rte"]
     mask = torch.ones(2, 5, dtype=torch.long)
     if padded:
@@ -65,6 +68,7 @@ def test_static_cache(case: Case, padded: bool) -> None:
 @cases
 def test_cached_steps_equal_one_pass(case: Case) -> None:
     """Logits of a prompt, then of one token, then of two at once, through a cache of the user's own."""
+    case.check_steps()
     model, batch = case.build(), tokens(2, 7)
     tasks = ["sst2", "rte"]
     for grad in (False, True):
@@ -104,6 +108,7 @@ def test_sampling_runs_and_repeats(case: Case) -> None:
 
 @few_cases
 def test_prompt_lookup_decoding(case: Case) -> None:
+    case.check_steps()
     model = case.build()
     batch = tokens(1, 3).repeat(1, 3)
     found = generated(model, batch, tasks="cola", prompt_lookup_num_tokens=2)

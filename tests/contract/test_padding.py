@@ -78,6 +78,7 @@ def test_left_padding_where_the_model_cannot_generate() -> None:
 @torch.no_grad()
 def test_packed_rows_do_not_leak(family: str, case: Case, attention: str) -> None:
     """Documents that share a row (positions start again, no mask) equal documents alone."""
+    case.check_steps()
     model, batch = case.build(base=tiny(family, attention)), tokens(1, 7)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
     logits = model(input_ids=batch, position_ids=positions, tasks="cola", use_cache=False).logits
@@ -88,6 +89,7 @@ def test_packed_rows_do_not_leak(family: str, case: Case, attention: str) -> Non
 @cases
 def test_packed_rows_with_a_task_per_token(case: Case) -> None:
     """Each document through its own task. A prefix per task cannot serve such rows, and says so."""
+    case.check_steps()
     model, batch = case.build(), tokens(2, 7)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]] * 2)
     tasks = [["rte"] * 4 + ["cola"] * 3, ["sst2"] * 4 + ["rte"] * 3]

@@ -89,6 +89,10 @@ def log_likelihoods(
             }
             if tasks is not None:
                 batch["tasks"] = [tasks[i] for i in picked]
+                # A prompt that is made from the text must not see the answers that it is to rank.
+                batch["input_mask"] = _padded(
+                    [[int(label == IGNORED) for label in row.labels] for row in rows], width, 0, device
+                )
             at_row, at_column = torch.nonzero(targets != IGNORED, as_tuple=True)
             target = targets[at_row, at_column]
             if keeps_logits:

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from peml.attached import HOST
-from peml.prompts import MultitaskPrompt, Prompt
+from peml.prompts import Attempt, MultitaskPrompt, Prompt
 from peml.training.data import TaskRows
 from peml.training.distillation import Distillation
 from peml.training.folder import RunFolder, write_text
@@ -36,7 +36,7 @@ def distil_then_adapt(
 
     0. Teachers: one prompt per source task, by plain prompt tuning.
     1. Student: one multitask prompt for all sources, with the losses of `Distillation`; every batch has k ~ U{2..T}
-       tasks.
+       tasks. ATTEMPT has no student: its targets attend to the teachers themselves.
     2. Adaptation: the targets start at the student's shared prompt, and at the mean of the sources' factors; shared
        prompt and factors have learning rates of their own.
 
@@ -81,7 +81,7 @@ def distil_then_adapt(
     begins: dict[str, Callable[[PeftModel], Distillation | None]] = {
         "teachers": lambda model: None,
         "student": lambda model: _taught(model, how, teachers) if "teachers" in stages else None,
-        "targets": lambda model: _adapted(model, student),
+        "targets": lambda model: _adapted(model, student) if "student" in stages else _sourced(model, teachers),
     }
     bill: dict[str, Any] = {}
     for name, bench in benches.items():
@@ -99,9 +99,9 @@ def _recipes(recipe: Recipe, how: DistilThenAdapt) -> dict[str, Recipe]:
     everything = recipe.every_task()
     sources = how.source_names([task.name for task in everything])
     prompt = recipe.config().prompt
-    assert isinstance(prompt, MultitaskPrompt)
+    assert isinstance(prompt, MultitaskPrompt | Attempt)
     stages = {}
-    if how.distillation_weight > 0:
+    if how.distillation_weight > 0 or isinstance(prompt, Attempt):
         teacher = {
             "prompt.per_task": True,
             "prompt.num_virtual_tokens": prompt.num_virtual_tokens,
@@ -113,6 +113,8 @@ def _recipes(recipe: Recipe, how: DistilThenAdapt) -> dict[str, Recipe]:
         stages["teachers"] = recipe.stage(
             sources, method="prompt-tuning", set=teacher, train=train_of, evaluate_before=False
         )
+    if isinstance(prompt, Attempt):
+        return stages | {"targets": recipe}
     own = {key: value for key, value in recipe.set.items() if key.partition(".")[0] == "prompt"}
     stages["student"] = recipe.stage(
         sources,
@@ -146,6 +148,13 @@ def _adapted(model: PeftModel, student: RunFolder) -> None:
             rows = [learnt[names.index(n)] if n in names else learnt.mean(0) for n in config.task_names]
             learnt = torch.stack(rows)
         parameter.copy_(learnt)
+
+
+@torch.no_grad()
+def _sourced(model: PeftModel, teachers: RunFolder) -> None:
+    """The teachers' prompts are what the targets' attend to."""
+    source, _ = _prompt_of(model, teachers)
+    model.base_model.prompt.sources.copy_(source.get_parameter("tokens"))
 
 
 def _prompt_of(model: PeftModel, folder: RunFolder) -> tuple[Prompt, list[str]]:

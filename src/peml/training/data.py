@@ -75,7 +75,10 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """`input_ids`, `attention_mask`, `labels` `[B, S]`, and `tasks`, a list of B ids that stays on the host."""
+        """`input_ids`, `attention_mask`, `labels` `[B, S]`, and `tasks`, a list of B ids that stays on the host.
+
+        Also `input_mask` `[B, S]`: the tokens before the answer, which a prompt made from the text may read.
+        """
         longest = max(len(row["input_ids"]) for row in rows)
 
         def padded(key: str, value: int) -> torch.Tensor:
@@ -85,6 +88,12 @@ class Collator:
             "input_ids": padded("input_ids", self.pad_token_id),
             "attention_mask": torch.tensor(
                 [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
+            ),
+            "input_mask": torch.tensor(
+                [
+                    [int(label == IGNORED) for label in row["labels"]] + [0] * (longest - len(row["labels"]))
+                    for row in rows
+                ]
             ),
             "labels": padded("labels", IGNORED),
             "tasks": [int(row["tasks"]) for row in rows],

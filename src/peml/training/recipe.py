@@ -16,7 +16,7 @@ from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.methods import METHODS, method, named
 from peml.mixing import Mixing
-from peml.prompts import MultitaskPrompt
+from peml.prompts import Attempt, MultitaskPrompt
 from peml.tasks import Task
 from peml.training.arguments import DEFAULTS, checked, one_line, training_arguments
 from peml.training.entries import OwnEntry, Section, SuiteEntry, build_tasks, first_problem, read_entry
@@ -109,11 +109,13 @@ class Recipe(Section):
         prompt = method(self.method, names, self.set).prompt
         if isinstance(self.how, DistilThenAdapt):
             self.how.check(names)
-            if not isinstance(prompt, MultitaskPrompt):
+            if not isinstance(prompt, MultitaskPrompt | Attempt):
                 raise PemlError(
-                    f"regime distil_then_adapt trains a MultitaskPrompt: method {self.method!r} has none; use mpt, or "
-                    "the regime joint"
+                    f"regime distil_then_adapt trains a MultitaskPrompt or Attempt, and method {self.method!r} has "
+                    "neither: use mpt, or the regime joint"
                 )
+        elif isinstance(prompt, Attempt):
+            raise PemlError("method 'attempt' needs prompts of source tasks: leave its regime, distil_then_adapt")
         return self
 
     @property
@@ -155,7 +157,11 @@ class Recipe(Section):
     def config(self) -> PemlConfig:
         """The adapter's configuration."""
         names = [task.name for task in self.build_tasks()]
-        return method(self.method, names, self.set, task_type="CAUSAL_LM")
+        config = method(self.method, names, self.set, task_type="CAUSAL_LM")
+        if isinstance(config.prompt, Attempt) and isinstance(self.how, DistilThenAdapt):
+            sources = self.how.source_names([task.name for task in self.every_task()])
+            config.prompt = dataclasses.replace(config.prompt, num_sources=len(sources))
+        return config
 
     def build_mixing(self) -> Mixing:
         """The mixing rule."""

@@ -1,0 +1,269 @@
+"""Prompts at the input: equal to prepending, at every kind of position; where they begin; what they refuse."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import families
+import peml
+import zoo
+from models import TASKS, adapt, gradients, llama, tiny, tokens
+from peml.prompts import ModelShape, Texts
+from workshop import tiny_tokenizer, write_model
+
+SOFT_FAMILIES = [name for name in zoo.DECODERS if name not in ("gpt_oss", "gemma2")]
+
+
+def prepended(base: PreTrainedModel, prompt: Tensor, row: Tensor) -> Tensor:
+    """Logits of a text behind a prompt, in the unmodified model."""
+    text = base.get_input_embeddings()(row[None])
+    return base(inputs_embeds=torch.cat([prompt[None], text], dim=1)).logits[0, len(prompt) :]
+
+
+@pytest.mark.parametrize("family", [name for name in SOFT_FAMILIES if zoo.FAMILIES[name].windows == (None,)])
+@torch.no_grad()
+def test_the_run_equals_prepending(family: str) -> None:
+    """With the text moved behind the prompt: rotary positions only see differences, up to their rounding."""
+    base = families.build(family, "sdpa")
+    plain = copy.deepcopy(base)
+    model = adapt(base, prompt=peml.PromptTuning(3, per_task=True))
+    for row, task in zip(families.texts(), ("cola", "rte"), strict=True):
+        found = model(input_ids=row[None], tasks=task).logits[0]
+        prompt = model.base_model.prompt.tokens[TASKS.index(task)]
+        torch.testing.assert_close(found, prepended(plain, prompt, row), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(found, plain(input_ids=row[None]).logits[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("family", SOFT_FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_every_family_pads_generates_and_caches(family: str, attention: str) -> None:
+    """Against each text alone and uncached; in a window the prompt stays visible, as a prefix does."""
+    model = families.made(family, attention, "soft, per task")
+    rows, tasks = families.texts(), ["cola", "rte"]
+    ids, mask = families.padded(rows, "left")
+    for side in ("left", "right"):
+        ids, mask = families.padded(rows, side)
+        logits = model(input_ids=ids, attention_mask=mask, tasks=tasks).logits
+        for b, row in enumerate(rows):
+            alone = model(input_ids=row[None], tasks=tasks[b]).logits[0]
+            torch.testing.assert_close(logits[b][mask[b].bool()], alone, rtol=1e-9, atol=1e-9)
+    ids, mask = families.padded(rows, "left")
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    wanted = []
+    for row, task in zip(rows, tasks, strict=True):
+        for _ in range(3):
+            row = torch.cat([row, model(input_ids=row[None], tasks=task, use_cache=False).logits[0, -1:].argmax(-1)])
+        wanted.append(row[-3:])
+    for extra in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        found = model.generate(ids, attention_mask=mask, tasks=tasks, **settings, **extra)[:, -3:]
+        assert torch.equal(found, torch.stack(wanted)), extra
+
+
+def test_the_prompt_of_a_sliding_window_is_never_out_of_sight() -> None:
+    model = families.made("mistral", "sdpa", "soft, per task")
+    row = torch.randint(4, 60, (1, 12))
+    near = model(input_ids=row, tasks="rte").logits[0, -1]
+    far = model(input_ids=row, tasks="cola").logits[0, -1]
+    assert (near - far).abs().max() > 1e-3
+
+
+def test_it_equals_prompt_tuning_of_peft() -> None:
+    """The same soft tokens; PEFT makes the text longer, and cuts the logits off again in nothing."""
+    base = tiny()
+    theirs = get_peft_model(
+        copy.deepcopy(base), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)
+    ).eval()
+    ours = adapt(base, prompt=peml.PromptTuning(4))
+    batch = tokens(3, 5)
+    with torch.no_grad():
+        theirs.prompt_encoder["default"].embedding.weight.copy_(ours.base_model.prompt.tokens[0])
+        logits = theirs(input_ids=batch).logits[:, 4:]
+        torch.testing.assert_close(ours(input_ids=batch).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_prompt_is_run_once_per_task_present_whatever_the_rows() -> None:
+    model, seen = adapt(tiny(), peml.MTLLoRA(r=2), peml.PromptTuning(3)), []
+    layer = model.base_model.model.model.layers[0]
+    layer.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[:2])))
+    model(input_ids=tokens(6, 5), tasks=["rte", "cola"] * 3)
+    assert seen == [(2, 3), (6, 5)]
+    seen.clear()
+    shared = adapt(tiny(), peml.LoRA(r=2), peml.PromptTuning(3))
+    shared.base_model.model.model.layers[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[:2]))
+    shared.generate(tokens(2, 4), max_new_tokens=3, do_sample=False, tasks=["rte", "cola"])
+    assert seen == [(1, 3), (2, 4), (2, 1), (2, 1)]
+
+
+# Where they begin.
+
+
+@pytest.mark.parametrize("prompt", [peml.PromptTuning(5), peml.MultitaskPrompt(5)], ids=lambda p: type(p).__name__)
+def test_they_begin_at_words(prompt: peml.prompts.WordPromptConfig) -> None:
+    base = tiny().float()
+    vocabulary = base.get_input_embeddings().weight
+    found = adapt(base, prompt=prompt, shaken=False).base_model.prompt
+    tensor = found.shared if isinstance(prompt, peml.MultitaskPrompt) else found.tokens[0]
+    assert all((vocabulary == token).all(-1).any() for token in tensor)
+    assert len({tuple(token.tolist()) for token in tensor}) > 1
+
+
+def test_they_begin_at_a_text(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model")
+    base = llama().from_pretrained(path)
+    settings = {"prompt_tuning_init": "text", "prompt_tuning_init_text": "big cat"}
+    ids = tiny_tokenizer()("big cat", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 2
+    model = adapt(base, prompt=peml.PromptTuning(5, **settings), shaken=False)
+    words = base.get_input_embeddings()(torch.tensor([*ids, *ids, ids[0]]))
+    assert torch.equal(model.base_model.prompt.tokens[0], words)
+    model.save_pretrained(tmp_path / "adapter")
+    # The weights lie in the file: the tokenizer is not asked for again.
+    (path / "tokenizer.json").unlink()
+    again = PeftModel.from_pretrained(llama().from_pretrained(path), tmp_path / "adapter")
+    assert torch.equal(again.base_model.prompt.tokens, model.base_model.prompt.tokens)
+    with pytest.raises(peml.PemlError, match="tokenizer_name_or_path"):
+        adapt(llama().from_pretrained(path), prompt=peml.PromptTuning(5, **settings))
+
+
+@torch.no_grad()
+def test_a_deep_multitask_prompt_begins_at_the_keys_and_values_of_words(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model")
+    base = llama().from_pretrained(path).double()
+    plain, ids = copy.deepcopy(base), tiny_tokenizer()("big red cat", add_special_tokens=False)["input_ids"]
+    settings = {"prompt_tuning_init": "text", "prompt_tuning_init_text": "big red cat"}
+    model = adapt(base, peml.MTLLoRA(r=2), peml.MultitaskPrompt(3, deep=True, **settings), shaken=False)
+    prompt = model.base_model.prompt
+    for factors in (*prompt.by_token.values(), *prompt.by_feature.values()):
+        factors.fill_(1.0)
+    row = torch.tensor([5, 9, 7, 11])
+    whole = plain(input_ids=torch.tensor([[*ids, *row.tolist()]])).logits[0, 3:]
+    torch.testing.assert_close(model(input_ids=row[None], tasks="rte").logits[0], whole, rtol=1e-4, atol=1e-5)
+
+
+def test_factors_begin_near_one() -> None:
+    for r in (1, 3):
+        prompt = peml.MultitaskPrompt(6, num_ranks=r).build(ModelShape((), 32), 4)
+        assert (prompt.by_token @ prompt.by_feature - 1).abs().max() < 0.2
+        assert prompt([0, 2]).shape == (2, 6, 32)
+
+
+# ATTEMPT: a prompt for every text.
+
+
+def attending(temperature: float = 1.0) -> PeftModel:
+    model = adapt(tiny(), prompt=peml.Attempt(3, num_sources=2, projection_dim=4, temperature=temperature))
+    model.base_model.prompt.sources.copy_(torch.randn_like(model.base_model.prompt.sources))
+    return model
+
+
+def test_padding_and_answers_are_not_read() -> None:
+    model, batch = attending(), tokens(2, 6)
+    read = torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)
+    other = batch.clone()
+    other[:, 3:] = 5
+    first, second = (model(input_ids=b, tasks="rte", input_mask=read).logits for b in (batch, other))
+    assert torch.equal(first[:, :3], second[:, :3])
+    whole = model(input_ids=batch, tasks="rte", input_mask=torch.ones(2, 6)).logits
+    assert not torch.allclose(whole[:, :3], first[:, :3])
+
+
+def test_far_above_every_score_the_mixture_is_the_mean() -> None:
+    prompt = attending(temperature=1e9).base_model.prompt
+    texts = Texts(torch.randn(2, 4, 24).double(), torch.ones(2, 4).bool(), torch.tensor([0, 1]))
+    own = prompt.tokens[:2]
+    mean = (prompt.sources.sum(0) + own) / 3
+    torch.testing.assert_close(prompt([0, 1], texts), own + mean, rtol=1e-6, atol=1e-6)
+
+
+def test_sources_are_frozen_and_saved(tmp_path: Path) -> None:
+    model = attending()
+    model(input_ids=tokens(2, 4), tasks=["rte", "cola"], input_mask=torch.ones(2, 4)).logits.square().sum().backward()
+    assert model.base_model.prompt.sources.grad is None
+    assert not any("sources" in name for name in gradients(model))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny().float(), tmp_path)
+    assert torch.equal(again.base_model.prompt.sources, model.base_model.prompt.sources.float())
+
+
+@torch.no_grad()
+def test_generation_reads_the_text_it_goes_on_from() -> None:
+    """Beams, padding and steps keep the prompt that the text had when generation began."""
+    model, rows = attending(), families.texts()
+    ids, mask = families.padded(rows, "left")
+    found = model.generate(ids, attention_mask=mask, tasks=["cola", "rte"], max_new_tokens=3, do_sample=False)[:, -3:]
+    for b, (row, task) in enumerate(zip(rows, ("cola", "rte"), strict=True)):
+        text, read = row[None], torch.ones(1, len(row))
+        for _ in range(3):
+            logits = model(input_ids=text, tasks=task, input_mask=read, use_cache=False).logits
+            text = torch.cat([text, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+            read = torch.nn.functional.pad(read, (0, 1))
+        assert torch.equal(found[b], text[0, -3:])
+    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 3, "do_sample": False}
+    together = model.generate(ids, attention_mask=mask, tasks=["cola", "rte"], **beams)[:, -3:]
+    for b, (row, task) in enumerate(zip(rows, ("cola", "rte"), strict=True)):
+        alone = model.generate(row[None], tasks=task, **beams)[:, -3:]
+        assert torch.equal(together[2 * b : 2 * b + 2], alone)
+
+
+def test_what_cannot_be_read_is_refused() -> None:
+    model, batch = attending(), tokens(2, 4)
+    with pytest.raises(peml.PemlError, match="pass input_mask="):
+        model(input_ids=batch, tasks="rte")
+    with pytest.raises(peml.PemlError, match="some token to read in every row"):
+        model(input_ids=batch, tasks="rte", input_mask=torch.zeros(2, 4))
+    cache = model(input_ids=batch, tasks="rte", input_mask=torch.ones(2, 4), use_cache=True).past_key_values
+    with pytest.raises(peml.PemlError, match="call generate"):
+        model(input_ids=batch[:, :1], tasks="rte", past_key_values=cache, input_mask=torch.ones(2, 1))
+    with pytest.raises(peml.PemlError, match="several texts"):
+        model(input_ids=batch, tasks="rte", input_mask=torch.ones(2, 4), position_ids=torch.tensor([[0, 1, 0, 1]] * 2))
+
+
+# What is refused.
+
+
+def test_models_that_cannot_are_named() -> None:
+    with pytest.raises(peml.PemlError, match=r"BertForMaskedLM cannot take a prompt at its input.*PrefixTuning"):
+        adapt(tiny("bert"), prompt=peml.PromptTuning(3))
+    base = tiny()
+    base.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(peml.PemlError, match=r"dynamic.*length of the text"):
+        adapt(base, prompt=peml.PromptTuning(3))
+    # Refused whole: nothing of it is left in the model.
+    assert "peml" not in base.config._attn_implementation and not hasattr(base, "prompt_host")
+
+
+def test_learned_positions_run_out_by_name() -> None:
+    model = adapt(tiny("gpt2"), prompt=peml.PromptTuning(10))
+    model(input_ids=tokens(1, 54))
+    with pytest.raises(peml.PemlError, match="64 positions: a text of 55 tokens and a prompt of 10"):
+        model(input_ids=tokens(1, 55))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_virtual_tokens": 0}, "prompt.num_virtual_tokens must be 1 or more"),
+        ({"prompt_tuning_init": "text"}, "prompt_tuning_init_text goes with"),
+        ({"prompt_tuning_init_text": "words"}, "prompt_tuning_init_text goes with"),
+        ({"prompt_tuning_init": "best"}, "sample_vocab, text or random"),
+    ],
+)
+@pytest.mark.parametrize("kind", [peml.PromptTuning, peml.MultitaskPrompt, peml.Attempt])
+def test_settings_are_checked(kind: type, settings: dict, message: str) -> None:
+    with pytest.raises(peml.PemlError, match=message):
+        kind(**settings)
+
+
+def test_ranks_and_sources_are_checked() -> None:
+    with pytest.raises(peml.PemlError, match="num_ranks must be 1 or more"):
+        peml.MultitaskPrompt(3, num_ranks=0)
+    with pytest.raises(peml.PemlError, match="num_sources must be 1 or more"):
+        peml.Attempt(3, num_sources=0)
+    with pytest.raises(peml.PemlError, match="temperature must be above 0"):
+        peml.Attempt(3, temperature=0)
