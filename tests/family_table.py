@@ -1,11 +1,10 @@
 """The table family x feature: what works, what is refused and why; and the page of the documentation that shows it."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
-import transformers as hf
-
-from families import ENCODERS, FAMILIES
-from models import VOCABULARY
+from zoo import ENCODER_DECODERS, ENCODERS, FAMILIES
 
 ATTENTIONS = ("sdpa", "eager")
 
@@ -43,6 +42,16 @@ NO_PACKING = Cell(
     "the model does not tell packed texts apart: give each a row of its own, or a 4D mask",
     "does not keep texts apart that are packed into one row",
 )
+NO_POSITIONS = Cell(
+    "refused",
+    "the model reads no position ids, so that nothing would keep packed texts apart: give each a row of its own",
+    NO_PACKING.refusal,
+)
+NO_REQUESTS = Cell(
+    "refused",
+    "transformers' continuous batching is made for decoders alone",
+    "continuous batching serves no encoder-decoder models",
+)
 
 CELLS: dict[tuple[str, str, str], Cell] = {}
 for _feature in FEATURES:
@@ -56,31 +65,52 @@ for _attention in ATTENTIONS:
     CELLS["opt", _attention, "packing"] = NO_PACKING
 CELLS["gpt_oss", "eager", "packing"] = NO_PACKING
 for _attention in ATTENTIONS:
-    CELLS["bert", _attention, "left padding"] = NO_LEFT
+    for _family in ("bert", "minilm"):
+        CELLS[_family, _attention, "left padding"] = NO_LEFT
+for _attention in ATTENTIONS:
+    for _family in ("bart", "mbart", "marian"):
+        CELLS[_family, _attention, "left padding"] = NO_LEFT
+    for _family in ENCODER_DECODERS:
+        CELLS[_family, _attention, "packing"] = NO_POSITIONS
+        CELLS[_family, _attention, "continuous batching"] = NO_REQUESTS
 
-ENCODER_DECODERS = {
-    "T5": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(vocab_size=VOCABULARY, d_model=24, d_kv=6, d_ff=20, num_layers=1, num_heads=3)
-    ),
-    "BART": lambda: hf.BartForConditionalGeneration(
-        hf.BartConfig(
-            vocab_size=VOCABULARY,
-            d_model=24,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=3,
-            decoder_attention_heads=3,
-            encoder_ffn_dim=20,
-            decoder_ffn_dim=20,
-            max_position_embeddings=64,
-            pad_token_id=1,
-            bos_token_id=2,
-            eos_token_id=3,
-            decoder_start_token_id=3,
-            forced_eos_token_id=3,
-        )
-    ),
-}
+SHORT = {"flex_attention": "flex", "flash_attention_2": "flash"}
+BACKENDS = ("flex_attention", "flash_attention_2")
+BACKEND_FAMILIES = ("llama", "mistral", "qwen3", "gemma2", "gpt2", "bert", "t5", "bart")
+
+NO_WINDOW = Cell("refused", "flash attention would hide the prefix behind a sliding window: use sdpa", "window")
+NO_ROWS = Cell("refused", "flash attention would give the prefix to the first text of a row alone: use sdpa", "packed")
+NO_CROSS = Cell("refused", "flash attention mistakes the encoder's padding for the decoder's: use sdpa", "cross")
+NO_PAGES = Cell("refused", "continuous batching makes masks of another kind: switch to sdpa or eager", "pages")
+NO_BIAS = Cell("–", "transformers has no flash attention for this family: positions are added to its scores")
+NO_STATIC = Cell("–", "transformers itself fails to prepare the masks of flex attention for a static cache")
+UNTRIED = Cell("GPU", "torch has no backward pass of flex attention on a CPU: compared with SDPA on a GPU, for Llama")
+
+
+def backend_cell(family: str, backend: str, feature: str) -> Cell | None:
+    """What a cell of the second table is if it does not simply work."""
+    is_flash = backend == "flash_attention_2"
+    if is_flash and family == "t5":
+        return NO_BIAS
+    if is_flash and family == "bart":
+        return NO_CROSS
+    if is_flash and family in ("mistral", "gemma2"):
+        return NO_WINDOW
+    if feature == "continuous batching" and family not in ENCODERS and not FAMILIES[family].encoder:
+        return NO_PAGES
+    if feature in ("gradients", "checkpointing") and not is_flash:
+        return UNTRIED
+    if feature == "static cache" and not is_flash and family not in ENCODERS:
+        return NO_STATIC
+    if feature == "packing" and is_flash and FAMILIES[family].decoder:
+        return NO_ROWS
+    own = CELLS.get((family, "eager", feature))
+    return None if own is NO_SDPA else own
+
+
+def backend_cells(feature: str) -> list[tuple[str, str]]:
+    """Families and implementations of the second table where a feature works."""
+    return [(f, b) for f in BACKEND_FAMILIES for b in BACKENDS if backend_cell(f, b, feature) is None]
 
 
 def page() -> str:
@@ -98,19 +128,40 @@ def page() -> str:
         f"|---|{'---|' * len(FEATURES)}",
     ]
     notes: dict[str, int] = {}
+
+    def note(cell: Cell) -> str:
+        return f"[{notes.setdefault(cell.why, len(notes) + 1)}]"
+
+    def row(title: str, implementations: Sequence[str], cell_of: Callable[[str, str], Cell | None], features) -> str:
+        cells = []
+        for feature in features:
+            found = {SHORT.get(a, a): cell_of(a, feature) for a in implementations}
+            works = [name for name, cell in found.items() if cell is None]
+            absent = {name: cell for name, cell in found.items() if cell is not None}
+            if not works and len(set(absent.values())) == 1:
+                only = absent.popitem()[1]
+                cells.append(f"{only.mark} {note(only)}")
+            else:
+                cells.append(", ".join(works + [f"{name} {cell.mark} {note(cell)}" for name, cell in absent.items()]))
+        return f"| {title} | {' | '.join(cells)} |"
+
     for name, family in FAMILIES.items():
-        row = []
-        for feature in FEATURES:
-            absent = {a: CELLS[name, a, feature] for a in ATTENTIONS if (name, a, feature) in CELLS}
-            works = [a for a in ATTENTIONS if a not in absent]
-            cell = max(absent.values(), key=lambda cell: cell.refusal is not None, default=None)
-            number = "" if cell is None else f" [{notes.setdefault(cell.why, len(notes) + 1)}]"
-            row.append((", ".join(works) or cell.mark) + number)
-        lines.append(f"| {family.title} | {' | '.join(row)} |")
-    why = "encoder-decoder models are refused by name with a prompt: use an adapter without one"
-    for title in ENCODER_DECODERS:
-        cells_of_row = [f"refused [{notes.setdefault(why, len(notes) + 1)}]"] * len(FEATURES)
-        lines.append(f"| {title} | {' | '.join(cells_of_row)} |")
+        lines.append(
+            row(family.title, ATTENTIONS, lambda a, feature, name=name: CELLS.get((name, a, feature)), FEATURES)
+        )
+    features = [feature for feature in FEATURES if feature not in ("sampling", "return sequences")]
+    lines += [
+        "",
+        "The same in flex attention (uncompiled, in double precision) and in flash attention 2 (a slow double of it that",
+        "takes what transformers gives to its kernels). Compiled, and with gradients, flex attention is tested on a GPU,",
+        "flash attention with its kernels on a GPU where `flash_attn` is installed.",
+        "",
+        f"| | {' | '.join(features)} |",
+        f"|---|{'---|' * len(features)}",
+    ]
+    for name in BACKEND_FAMILIES:
+        cell_of = partial(backend_cell, name)
+        lines.append(row(FAMILIES[name].title, BACKENDS, cell_of, features))
     lines += ["", "What the columns are:", "", *(f"- **{name}**: {what}." for name, what in FEATURES.items())]
     lines += ["", "Where a cell does not simply work:", "", *(f"{number}. {note}." for note, number in notes.items())]
     return "\n".join([*lines, *LIMITS]) + "\n"
@@ -124,6 +175,12 @@ LIMITS = [
     "  apart. Rows that pack several tasks are refused where there is a prefix per task.",
     "- Continuous batching serves the task of `select_task`, and shares no blocks between requests, because another task's",
     "  are others; `generate_batch(tasks=...)` is refused.",
-    '- `set_attn_implementation("sdpa")` or `"eager"` may be called at any time; any other implementation is refused at',
-    "  the next call, because the prefix would be lost in it.",
+    "- `set_attn_implementation` may be called at any time with `sdpa`, `eager`, `flex_attention` or `flash_attention_2`;",
+    "  any other implementation is refused at the next call, because the prefix would be lost in it.",
+    "- Flash attention adds nothing to scores, so that gates are refused: `PrefixTuning` works, `PrefixNAS` and its table",
+    "  need another implementation. A sliding window is refused once it does not hold the prefix and all of the text.",
+    "- In encoder-decoders every attention layer is a slot with a prefix of its own, in this order: the encoder's layers,",
+    "  then for each layer of the decoder its self-attention and its cross-attention. `num_virtual_tokens` as a tuple gives",
+    "  their lengths (0: none). Position biases (T5) are those of the text; a prefix has none.",
+    "- The encoder of an encoder-decoder cannot be called by itself, where its prefix would be lost: `generate` may.",
 ]

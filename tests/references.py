@@ -320,13 +320,16 @@ def attention(
     prefix: Sequence[Prefix | None],
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """softmax([cap(scale q K') + log g, cap(scale q k') + mask]) [V; v], row by row, head by head, query by query.
+    """softmax([cap(scale q K') + log g, cap(scale q k') + bias + mask]) [V; v], by row, by head, by query.
 
-    A cap c makes of a score x the score c tanh(x / c); a sink is a score of its head that has no value.
+    A cap c makes of a score x the score c tanh(x / c); a sink is a score of its head that has no value; the bias is
+    that of the positions of query and key, of which a prefix has none.
 
     Shapes:
-        query `[B, H, S, D]`, key and value `[B, H_kv, K, D]`, visible `[B, S, K]`, sinks `[H]` -> `[B, S, H, D]`.
+        query `[B, H, S, D]`, key and value `[B, H_kv, K, D]`, visible `[B, S, K]`, sinks `[H]`, bias `[H, S, K]`
+        -> `[B, S, H, D]`.
     """
 
     def score(q: Tensor, k: Tensor) -> Tensor:
@@ -347,7 +350,8 @@ def attention(
                         values.append(stored[h // shared, j])
                 for k in range(key.shape[2]):
                     if visible[b, s, k]:
-                        scores.append(score(q, key[b, h // shared, k]))
+                        offset = 0 if bias is None else bias[h, s, k]
+                        scores.append(score(q, key[b, h // shared, k]) + offset)
                         values.append(value[b, h // shared, k])
                 if sinks is not None:
                     scores.append(sinks[h])

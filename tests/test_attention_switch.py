@@ -2,11 +2,20 @@
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, RobertaConfig, RobertaForCausalLM
+from transformers import (
+    AttentionInterface,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
 import families
 import peml
+import zoo
 from families import batched, made, padded, prefix_of, texts
 from models import VOCABULARY, adapt, shake, tiny
 from peml import PemlError, attention
@@ -26,11 +35,28 @@ def test_another_implementation_keeps_the_prefix(start: str) -> None:
 
 
 @torch.no_grad()
+def test_soft_tokens_are_run_after_a_switch_too() -> None:
+    """They are what their keys and values come from, before the text is read."""
+    model, row = adapt(families.build("llama", "sdpa"), prompt=peml.PromptTuning(3)), texts()[0]
+    wanted = model(input_ids=row[None]).logits
+    with model.disable_adapter():
+        assert not torch.allclose(model(input_ids=row[None]).logits, wanted, rtol=1e-2, atol=1e-2)
+    call = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    for name in ("eager", "sdpa"):
+        model.base_model.model.set_attn_implementation(name)
+        torch.testing.assert_close(model(input_ids=row[None]).logits, wanted, rtol=1e-5, atol=1e-5)
+        model.base_model.model.set_attn_implementation(name)
+        found = model.generate(row[None], **call).logits[0]
+        torch.testing.assert_close(found.double(), wanted[:, -1], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_an_implementation_without_a_twin_is_refused() -> None:
     model, row = made("llama", "sdpa", "shared"), texts()[0]
     base: PreTrainedModel = model.base_model.model
-    base.set_attn_implementation("flex_attention")
-    with pytest.raises(PemlError, match="switched to attention 'flex_attention', which cannot take its prefix"):
+    AttentionInterface.register("somebodys_own", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    base.set_attn_implementation("somebodys_own")
+    with pytest.raises(PemlError, match="switched to attention 'somebodys_own', which cannot take its prefix"):
         model(input_ids=row[None])
     base.set_attn_implementation("sdpa")
     model(input_ids=row[None])
@@ -93,7 +119,7 @@ def test_continuous_batching_without_the_prefix() -> None:
 @torch.no_grad()
 def test_models_that_count_their_own_positions() -> None:
     """RoBERTa starts behind the number of its padding token, as a decoder too."""
-    config = RobertaConfig(**families.BERT, is_decoder=True)
+    config = RobertaConfig(**zoo.BERT, is_decoder=True)
     base = RobertaForCausalLM._from_config(config, attn_implementation="sdpa").double().eval()
     shake(base.parameters(), 0.2)
     model, (ids, mask) = adapt(base, prompt=peml.PrefixTuning(3)), padded(texts(), "left")

@@ -13,10 +13,22 @@ from torch import Tensor
 
 import families
 import peml
-from families import ENCODERS, FAMILIES, NEW, PROMPTS, batched, made, padded, prefix_of, texts
-from family_table import ATTENTIONS, CELLS, ENCODER_DECODERS, NO_SDPA, page
-from models import adapt, assert_same, gradients, probe_loss
+from families import (
+    NEW,
+    TABLES,
+    asked,
+    asked_padded,
+    batched,
+    made,
+    padded,
+    prefix_of,
+    targets,
+    texts,
+)
+from family_table import ATTENTIONS, CELLS, NO_SDPA, page
+from models import assert_same, gradients, probe_loss
 from peml import PemlError
+from zoo import ENCODERS, FAMILIES
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 SEARCHED = peml.PrefixNAS(num_virtual_tokens=3, num_cells=1, width=8, embedding_dim=4, head_rank=4, gate_init=0.5)
@@ -27,11 +39,16 @@ def cells(feature: str):
     """Parametrise over the cells of a feature that work."""
     return pytest.mark.parametrize(
         ("family", "attention"),
-        [(f, a) for f in FAMILIES for a in ATTENTIONS if (f, a, feature) not in CELLS],
+        [of(f, a) for f in FAMILIES for a in ATTENTIONS if (f, a, feature) not in CELLS],
     )
 
 
-prompts = pytest.mark.parametrize("prompt", PROMPTS)
+def of(family: str, *others: str):
+    """Parameters of a test, skipped where the family's weights are absent."""
+    return pytest.param(family, *others, marks=FAMILIES[family].marks)
+
+
+prompts = pytest.mark.parametrize("prompt", TABLES)
 few_prompts = pytest.mark.parametrize("prompt", ["shared", "per task, gated"])
 
 
@@ -41,7 +58,8 @@ few_prompts = pytest.mark.parametrize("prompt", ["shared", "per task, gated"])
 @cache
 @torch.no_grad()
 def expected_logits(family: str, prompt: str, row: int, task: str) -> Tensor:
-    return families.logits(family, texts()[row], prefix_of(made(family, "eager", prompt), task))
+    prefix = prefix_of(made(family, "eager", prompt), task)
+    return families.logits(family, texts()[row], prefix, targets(family)[row])
 
 
 @cache
@@ -59,10 +77,16 @@ def close(found: Tensor, wanted: Tensor, attention: str) -> None:
 
 
 def generated(model: PeftModel, **settings) -> Tensor:
-    """The new tokens of the two texts, padded on the left."""
-    ids, mask = padded(texts(), "left")
+    """The new tokens of the two texts, padded on the left; for an encoder on the right."""
+    ids, mask = padded(texts(), "right" if model.config.is_encoder_decoder else "left")
     call = {"max_new_tokens": NEW, "do_sample": False, "tasks": ROW_TASKS} | settings
-    return model.generate(ids, attention_mask=mask, **call)[:, ids.shape[1] :]
+    return new_tokens(model, ids, mask, **call)
+
+
+def new_tokens(model: PeftModel, ids: Tensor, mask: Tensor | None = None, **call) -> Tensor:
+    """Without the text, or without the token that a decoder starts with."""
+    found = model.generate(ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **call)
+    return found[:, 1 if model.config.is_encoder_decoder else ids.shape[1] :]
 
 
 # The cells.
@@ -73,11 +97,12 @@ def generated(model: PeftModel, **settings) -> Tensor:
 @torch.no_grad()
 def test_forward(family: str, attention: str, prompt: str) -> None:
     model = made(family, attention, prompt)
-    for i, (row, task) in enumerate(zip(texts(), ROW_TASKS, strict=True)):
-        found = model(input_ids=row[None], tasks=task).logits[0]
+    for i, (row, target, task) in enumerate(zip(texts(), targets(family), ROW_TASKS, strict=True)):
+        call = asked(family, row, target)
+        found = model(**call, tasks=task)[0][0]
         close(found, expected_logits(family, prompt, i, task), attention)
         with model.disable_adapter():
-            assert not torch.allclose(model(input_ids=row[None]).logits[0], found, rtol=1e-2, atol=1e-2)
+            assert not torch.allclose(model(**call)[0][0], found, rtol=1e-2, atol=1e-2)
 
 
 @cells("gradients")
@@ -85,13 +110,12 @@ def test_forward(family: str, attention: str, prompt: str) -> None:
 def test_gradients(family: str, attention: str, prompt: str) -> None:
     """In a padded batch, of the prefix and of the gates that a search trains."""
     model = made(family, attention, SEARCHED if prompt == "searched" else prompt)
-    rows = texts()
-    ids, mask = padded(rows, "left" if FAMILIES[family].decoder else "right")
-    logits = model(input_ids=ids, attention_mask=mask, tasks=ROW_TASKS).logits
-    sum(probe_loss(row[kept.bool()]) for row, kept in zip(logits, mask, strict=True)).backward()
+    call, mask = asked_padded(family, side_of(family))
+    logits = model(**call, tasks=ROW_TASKS)[0]
+    sum(probe_loss(row[kept]) for row, kept in zip(logits, mask, strict=True)).backward()
     found = gradients(model)
-    for row, task in zip(rows, ROW_TASKS, strict=True):
-        probe_loss(families.logits(family, row, prefix_of(model, task))).backward()
+    for row, target, task in zip(texts(), targets(family), ROW_TASKS, strict=True):
+        probe_loss(families.logits(family, row, prefix_of(model, task), target)).backward()
     wanted = gradients(model)
     assert all(gradient.any() for gradient in wanted.values())
     largest = max(gradient.abs().max() for gradient in wanted.values())
@@ -99,17 +123,22 @@ def test_gradients(family: str, attention: str, prompt: str) -> None:
         close(found[name] / largest, wanted[name] / largest, attention)
 
 
+def side_of(family: str) -> str:
+    """The left where the family can."""
+    return "right" if (family, "eager", "left padding") in CELLS or not FAMILIES[family].decoder else "left"
+
+
 @cells("checkpointing")
 def test_checkpointing(family: str, attention: str) -> None:
     """Equal to the ordinary backward pass, and each layer does run twice."""
     model = made(family, attention, "per task, gated").train()
-    ids, mask = padded(texts(), "left" if FAMILIES[family].decoder else "right")
+    call, mask = asked_padded(family, side_of(family))
     found, calls = [], []
     layer = next(module for module in model.modules() if hasattr(module, "_peml_slot"))
     layer.register_forward_pre_hook(lambda *args: calls.append(1))
     for _ in range(2):
-        logits = model(input_ids=ids, attention_mask=mask, tasks=ROW_TASKS).logits
-        probe_loss(logits[mask.bool()]).backward()
+        logits = model(**call, tasks=ROW_TASKS)[0]
+        probe_loss(logits[mask]).backward()
         found.append(gradients(model))
         model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
     assert len(calls) == 3
@@ -131,10 +160,10 @@ def test_right_padding(family: str, attention: str, prompt: str) -> None:
 
 
 def check_padding(family: str, attention: str, prompt: str, side: str) -> None:
-    ids, mask = padded(texts(), side)
-    logits = made(family, attention, prompt)(input_ids=ids, attention_mask=mask, tasks=ROW_TASKS).logits
+    call, mask = asked_padded(family, side)
+    logits = made(family, attention, prompt)(**call, tasks=ROW_TASKS)[0]
     for i, task in enumerate(ROW_TASKS):
-        close(logits[i][mask[i].bool()], expected_logits(family, prompt, i, task), attention)
+        close(logits[i][mask[i]], expected_logits(family, prompt, i, task), attention)
 
 
 @cells("greedy")
@@ -169,7 +198,7 @@ def check_beams(model: PeftModel, returned: int) -> None:
     found = generated(model, **settings)
     for i, (row, task) in enumerate(zip(texts(), ROW_TASKS, strict=True)):
         call = {"max_new_tokens": NEW, "do_sample": False, "use_cache": False, "tasks": task} | settings
-        alone = model.generate(row[None], attention_mask=torch.ones_like(row[None]), **call)[:, len(row) :]
+        alone = new_tokens(model, row[None], **call)
         assert torch.equal(found[i * returned : (i + 1) * returned], alone)
 
 
@@ -193,9 +222,10 @@ def test_static_cache(family: str, attention: str, prompt: str) -> None:
 def test_prompt_lookup(family: str, attention: str, prompt: str) -> None:
     """A text that repeats itself, so that the guesses are sometimes right."""
     model, row = made(family, attention, prompt), texts()[0][:3].repeat(3)
-    call = {"max_new_tokens": NEW, "do_sample": False, "tasks": "cola"}
-    found = model.generate(row[None], attention_mask=torch.ones_like(row[None]), prompt_lookup_num_tokens=2, **call)
-    assert torch.equal(found[0, len(row) :], families.greedy(family, row, prefix_of(model, "cola"), NEW))
+    new = 8 if FAMILIES[family].encoder else NEW  # guesses are taken from what the decoder has written
+    call = {"max_new_tokens": new, "do_sample": False, "tasks": "cola"}
+    found = new_tokens(model, row[None], prompt_lookup_num_tokens=2, **call)
+    assert torch.equal(found[0], families.greedy(family, row, prefix_of(model, "cola"), new))
 
 
 @cells("packing")
@@ -225,22 +255,37 @@ def test_continuous_batching(family: str, attention: str) -> None:
 # The cells that do not work say why.
 
 
-@pytest.mark.parametrize(
-    ("family", "attention", "feature"), [key for key, cell in CELLS.items() if cell.refusal], ids=str
-)
-def test_refused(family: str, attention: str, feature: str) -> None:
-    assert feature == "packing"
+def refusals(feature: str):
+    """Parametrise over the cells of a feature that are refused."""
+    found = [of(f, a) for (f, a, name), cell in CELLS.items() if cell.refusal and name == feature]
+    return pytest.mark.parametrize(("family", "attention"), found)
+
+
+@refusals("packing")
+def test_packing_is_refused(family: str, attention: str) -> None:
     model, row = made(family, attention, "shared"), texts()[1]
-    call = {"input_ids": row[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    call = asked(family, row, targets(family)[0]) | {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
     call |= {"use_cache": False} if FAMILIES[family].decoder else {}
-    with pytest.raises(PemlError, match=CELLS[family, attention, feature].refusal):
+    with pytest.raises(PemlError, match=CELLS[family, attention, "packing"].refusal):
         model(**call)
     with torch.no_grad():
         model(**call | {"position_ids": torch.arange(6)[None]})
         with model.disable_adapter():
-            packed = model(**call).logits[0, 3:]
-            alone = model(**call | {"input_ids": row[None, 3:], "position_ids": torch.arange(3)[None]}).logits[0]
+            packed = model(**call)[0][0]
+            alone = model(**call | {"input_ids": row[None, 3:], "position_ids": torch.arange(3)[None]})[0][0]
+    packed = packed if FAMILIES[family].encoder else packed[3:]
     assert not torch.allclose(packed, alone, rtol=1e-2, atol=1e-2), "the model itself packs now: let it"
+
+
+@refusals("continuous batching")
+def test_continuous_batching_is_refused(family: str, attention: str) -> None:
+    model = made(family, attention, "shared")
+    with pytest.raises(PemlError, match=CELLS[family, attention, "continuous batching"].refusal):
+        batched(model)
+
+
+def test_every_refusal_is_tested() -> None:
+    assert {feature for (_, _, feature), cell in CELLS.items() if cell.refusal} == {"packing", "continuous batching"}
 
 
 @pytest.mark.parametrize("family", sorted({family for (family, _, _), cell in CELLS.items() if cell is NO_SDPA}))
@@ -250,7 +295,7 @@ def test_without_sdpa(family: str) -> None:
         families.build(family, "sdpa")
 
 
-@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("family", [of(name) for name in ENCODERS])
 def test_encoders_do_not_generate(family: str) -> None:
     assert not families.build(family, "sdpa").can_generate()
 
@@ -261,12 +306,6 @@ def test_bert_counts_padding() -> None:
     model, (ids, mask) = families.build("bert", "sdpa"), padded(texts(), "left")
     alone = model(input_ids=texts()[0][None]).logits[0]
     assert not torch.allclose(model(input_ids=ids, attention_mask=mask).logits[0, -4:], alone, rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("title", ENCODER_DECODERS)
-def test_encoder_decoders(title: str) -> None:
-    with pytest.raises(PemlError, match="encoder-decoder models are not supported with a prompt; use an adapter"):
-        adapt(ENCODER_DECODERS[title](), prompt=peml.PrefixTuning(2))
 
 
 # The page.

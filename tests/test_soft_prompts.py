@@ -17,11 +17,12 @@ from transformers import (
 
 import families
 import peml
+import zoo
 from models import TASKS, adapt, gradients, llama, tiny, tokens
 from peml.prompts import ModelShape, Texts
 from workshop import tiny_tokenizer, write_model
 
-SOFT_FAMILIES = [name for name in families.DECODERS if name not in ("gpt_oss", "gemma2")]
+SOFT_FAMILIES = [name for name in zoo.DECODERS if name not in ("gpt_oss", "gemma2")]
 
 
 def prepended(base: PreTrainedModel, prompt: Tensor, row: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def prepended(base: PreTrainedModel, prompt: Tensor, row: Tensor) -> Tensor:
     return base(inputs_embeds=torch.cat([prompt[None], text], dim=1)).logits[0, len(prompt) :]
 
 
-@pytest.mark.parametrize("family", [name for name in SOFT_FAMILIES if families.FAMILIES[name].windows == (None,)])
+@pytest.mark.parametrize("family", [name for name in SOFT_FAMILIES if zoo.FAMILIES[name].windows == (None,)])
 @torch.no_grad()
 def test_the_run_equals_prepending(family: str) -> None:
     """With the text moved behind the prompt: rotary positions only see differences, up to their rounding."""

@@ -82,6 +82,8 @@ class ForwardHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Take `tasks=` from the call and open its `Forward`, unless `generate` has opened one around it."""
         tasks, input_mask = kwargs.pop("tasks", None), kwargs.pop("input_mask", None)
+        # Before anything is computed: soft tokens are run through the attention as well.
+        attention.engage(module)
         forward, rows = routing.surrounding(module, self.opener.adapter_in_force), self._rows(args, kwargs)
         if tasks is not None or forward is None or forward.prefix is None or forward.front is not None:
             forward = self.opener.open_forward(
@@ -95,7 +97,6 @@ class ForwardHooks:
         if module.training:
             routing.bind_checkpointing(module)
         if forward.prefix:
-            attention.engage(module)
             self._check_packing(args, kwargs)
             self._add_position_ids(args, kwargs)
             if forward.offset:
@@ -114,6 +115,8 @@ class ForwardHooks:
 
     def generate(self, *args: Any, tasks: Tasks | None = None, **kwargs: Any) -> Any:
         """The model's `generate` with `tasks=`: all its steps share one prefix, computed without gradients."""
+        # Soft tokens are run, and an encoder is called, before any hook of the whole model is.
+        attention.engage(self.model)
         with torch.no_grad():
             forward = self.opener.open_forward(tasks, self._rows(args, kwargs), text=self._prompted(args, kwargs))
         with routing.opened(replace(forward, prefix=forward.prefix or {}, prepared={})):
@@ -138,6 +141,8 @@ class ForwardHooks:
                 f"continuous batching serves one task at a time: call select_task() first ({error})"
             ) from error
         hosts = attention.hosts_prompts(self.model)
+        if hosts:
+            attention.check_paging(self.model)
         with attention.named_for_paging(self.model) if hosts else nullcontext():
             manager = self.originals["init_continuous_batching"](*args, **kwargs)
         # Blocks are shared between prompts that begin alike, whatever task or adapter wrote them.
@@ -159,16 +164,18 @@ class ForwardHooks:
         positions, reads = self._argument("position_ids", args, kwargs), self.opener.reads_input()
         if (attention.packs(self.model) and not reads) or not isinstance(positions, Tensor):
             return
-        if any(self._argument(name, args, kwargs) is not None for name in ("attention_mask", "past_key_values")):
+        others = () if self._encodes_first() else ("attention_mask", "past_key_values")
+        if any(self._argument(name, args, kwargs) is not None for name in others):
             return
         if bool((positions.diff(dim=-1) != 1).any()):
             if reads:
                 raise PemlError(
                     "a prompt made from the text cannot serve rows that pack several texts: give each a row of its own"
                 )
+            instead = "" if self._encodes_first() else ", or pass a 4D attention_mask"
             raise PemlError(
                 f"{type(self.model).__name__} does not keep texts apart that are packed into one row (positions that "
-                "start again): give each text a row of its own, padded, or pass a 4D attention_mask"
+                f"start again): give each text a row of its own, padded{instead}"
             )
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -177,7 +184,8 @@ class ForwardHooks:
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
         """Rows of the batch, where it can be told."""
-        given = (*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")))
+        names = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+        given = (*args[:1], *(kwargs.get(name) for name in names))
         return next((batch.shape[0] for batch in given if isinstance(batch, Tensor) and batch.ndim > 1), None)
 
     def _lengths(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
@@ -186,10 +194,14 @@ class ForwardHooks:
         given = (*args[:1], *(kwargs.get(name) for name in names))
         return tuple({batch.shape[1] for batch in given if isinstance(batch, Tensor) and batch.ndim > 1})
 
+    def _encodes_first(self) -> bool:
+        """Whether the model is an encoder-decoder."""
+        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+
     def _mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Which tokens are no padding, `[B, S]`, where the caller says it."""
         mask = self._argument("attention_mask", args, kwargs)
-        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+        if self._encodes_first():
             return None  # it is the encoder's, and half of the layers read something else
         return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 

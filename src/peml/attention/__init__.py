@@ -9,13 +9,14 @@ real tokens keep their positions, and gradient checkpointing, packing, static ca
 from peml.attention.front import lengthened, shortened
 from peml.attention.host import PromptHost, install, uninstall
 from peml.attention.soft import check_soft, is_rotary
-from peml.attention.switch import engage, hosts_prompts, named_for_paging, packs
+from peml.attention.switch import check_paging, engage, hosts_prompts, named_for_paging, packs
 from peml.attention.twin import TWIN, attend
 
 __all__ = [
     "TWIN",
     "PromptHost",
     "attend",
+    "check_paging",
     "check_soft",
     "engage",
     "hosts_prompts",

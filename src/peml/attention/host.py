@@ -16,7 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peml.attention.twin import MASKS, PROBE, TWIN, Seen
+from peml.attention import flash
+from peml.attention.twin import MASKS, PROBE, Seen, twin_of
 from peml.errors import PemlError
 from peml.prompts.base import AttentionSlot, ModelShape, Prompt
 
@@ -92,30 +93,31 @@ def install(model: nn.Module) -> PromptHost:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise PemlError(f"{name} cannot take a prefix: it is not a transformers model; use an adapter without a prompt")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise PemlError(
-            f"{name} cannot take a prefix yet: encoder-decoder models are not supported with a prompt; "
-            "use an adapter without a prompt for this model"
-        )
     implementation = model.config._attn_implementation
     if implementation not in MASKS:
         raise PemlError(
             f"{name} uses attention {implementation!r}, which cannot take a prefix: "
             'load the model with attn_implementation="sdpa" or "eager"'
         )
+    flash.check(model, implementation)
     refusal = PemlError(
         f"{name} cannot take a prefix: its attention does not go through transformers' AttentionInterface; "
         "use an adapter without a prompt for this model"
     )
     if not model._can_set_attn_implementation():
         raise refusal
-    model.set_attn_implementation(TWIN + implementation)
+    model.set_attn_implementation(twin_of(implementation))
     try:
-        if model.config._attn_implementation != TWIN + implementation:
+        if model.config._attn_implementation != twin_of(implementation):
             raise refusal
         seen = _probe(model)
         if not seen:
             raise refusal
+        if model.config.is_encoder_decoder and not _reaches_encoder(model, seen):
+            raise PemlError(
+                f"{name} cannot take a prefix: its encoder has an attention of its own, which does not go through "
+                "transformers' AttentionInterface; use an adapter without a prompt for this model"
+            )
         # A layer that the model calls several times (ALBERT) is one slot: its prefix serves every call.
         found = list({id(entry.module): entry for entry in seen}.values())
         for entry in found:
@@ -144,7 +146,10 @@ def uninstall(model: PreTrainedModel, host: PromptHost) -> None:
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel, **inputs: Any) -> list[Seen]:
-    """Run two tokens through the model and let every attention layer report the shape of its keys, and its mask."""
+    """Run two tokens through the model and let every attention layer report the shape of its keys, and its mask.
+
+    In the order of the calls: of an encoder-decoder, the encoder's layers before the decoder's.
+    """
     seen: list[Seen] = []
     token = PROBE.set(seen)
     training = [module for module in model.modules() if module.training]
@@ -152,8 +157,22 @@ def _probe(model: PreTrainedModel, **inputs: Any) -> list[Seen]:
     try:
         # A ready-made mask, because making one asks for values that a model on the meta device has not.
         mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=model.device)
-        ready = {"attention_mask": mask} if model.device.type == "meta" else {}
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), **ready, **inputs)
+        given = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=model.device)}
+        masks = {"attention_mask": mask} if model.device.type == "meta" else {}
+        if model.config.is_encoder_decoder:
+            end = getattr(model.config, "eos_token_id", None)
+            # Classifiers of this kind read what the decoder says at the end of the text.
+            given = {name: ids + end for name, ids in given.items()} if isinstance(end, int) else given
+            given["decoder_input_ids"] = given["input_ids"]
+            masks |= {f"decoder_{name}": part for name, part in masks.items()}
+        model(**given, **masks, **inputs)
+    except PemlError:
+        raise
+    except Exception as error:
+        raise PemlError(
+            f"{type(model).__name__} cannot take a prefix: a forward with two tokens, which finds its attention "
+            f"layers, failed with {error!r}; use an adapter without a prompt for this model"
+        ) from error
     finally:
         for module in training:
             module.training = True
@@ -161,8 +180,15 @@ def _probe(model: PreTrainedModel, **inputs: Any) -> list[Seen]:
     return seen
 
 
+def _reaches_encoder(model: PreTrainedModel, seen: list[Seen]) -> bool:
+    inside = {id(module) for module in model.get_encoder().modules()}
+    return any(id(entry.module) in inside for entry in seen)
+
+
 def _packs(model: PreTrainedModel) -> bool:
     """Whether no token sees the one before it when the positions of both are 0."""
+    if model.config.is_encoder_decoder:
+        return False  # positions that are given are not even read
     arguments = inspect.signature(type(model).forward).parameters
     if model.device.type == "meta" or "position_ids" not in arguments:
         return True  # nothing to be seen there, or no way to ask for it

@@ -36,6 +36,8 @@ def check_soft(model: nn.Module, host: PromptHost) -> None:
         PemlError: saying what stands against it, and what to use instead.
     """
     name, instead = type(model).__name__, "use PrefixTuning, or MultitaskPrompt with deep=True"
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise PemlError(f"{name} cannot take a prompt at its input: its encoder looks both ways; {instead}")
     if not host.causal:
         return  # the soft tokens go through it with the text
     if is_rotary(model):

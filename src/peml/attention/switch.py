@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import PreTrainedModel
 
+from peml.attention import flash
 from peml.attention.host import PromptHost
-from peml.attention.twin import MASKS, TWIN
+from peml.attention.twin import APART, MASKS, twin_of, twinned
 from peml.errors import PemlError
 
 
@@ -22,20 +23,43 @@ def engage(model: nn.Module) -> None:
         PemlError: an implementation that has no twin.
     """
     host = _host(model)
-    if host is None:
+    if host is None or host.active() is None:
         return
     assert isinstance(model, PreTrainedModel)
-    found = model.config._attn_implementation
-    if found == TWIN + host.implementation:
+    parts = (model, model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model,)
+    names = (part.config._attn_implementation for part in parts)
+    found = next((name for name in names if name != twin_of(host.implementation)), None)
+    if found is None:
         return
-    wanted = found.removeprefix(TWIN)
+    wanted = twinned(found)
     if wanted not in MASKS:
         raise PemlError(
             f"{type(model).__name__} was switched to attention {found!r}, which cannot take its prefix: "
             'call set_attn_implementation("sdpa") or ("eager"), or disable_adapter()'
         )
-    model.set_attn_implementation(TWIN + wanted)
+    flash.check(model, wanted)
+    model.set_attn_implementation(twin_of(wanted))
     host.implementation = wanted
+
+
+def check_paging(model: nn.Module) -> None:
+    """Refuse continuous batching where the prefix would not be seen, or not by the text that it belongs to.
+
+    Raises:
+        PemlError: an encoder-decoder model, or an implementation whose masks are no tensors of scores.
+    """
+    host = _host(model)
+    assert host is not None and isinstance(model, PreTrainedModel)
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise PemlError(
+            f"continuous batching serves no encoder-decoder models such as {name}: call generate(tasks=...)"
+        )
+    if twinned(model.config._attn_implementation) in APART:
+        raise PemlError(
+            f"continuous batching with a prefix does not go through {host.implementation!r}: call "
+            f'set_attn_implementation("sdpa") or ("eager") on {name} first'
+        )
 
 
 @contextmanager

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import eager_mask, flex_attention_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peml import routing
+from peml.attention import flash, flex
 from peml.attention.scores import Sorted, attend_one, gate_bias, gate_channel
 from peml.errors import PemlError
 from peml.prompts.base import AttentionSlot, LayerPrefix
@@ -27,7 +28,14 @@ if TYPE_CHECKING:
     from peml.attention.host import PromptHost
 
 TWIN = "peml_"
-MASKS: dict[str, Callable[..., Any]] = {"sdpa": sdpa_mask, "eager": eager_mask}
+MASKS: dict[str, Callable[..., Any]] = {
+    "sdpa": sdpa_mask,
+    "eager": eager_mask,
+    "flex_attention": flex_attention_mask,
+    flash.NAME: flash.mask,
+}
+APART: dict[str, Callable[..., Any]] = {"flex_attention": flex.attend, flash.NAME: flash.attend}
+"""Implementations whose masks are no tensors of scores."""
 
 WORTH_SORTING = 128
 """Tokens copied per prefix from which on rows are sorted by prefix; measured on a CPU, see LOG.md."""
@@ -45,6 +53,17 @@ class Seen(NamedTuple):
 
 
 PROBE: ContextVar[list[Seen] | None] = ContextVar("peml_probe", default=None)
+
+
+def twin_of(implementation: str) -> str:
+    """Name under which the twin of an attention implementation is registered."""
+    return TWIN + flash.ALIASES.get(implementation, implementation)
+
+
+def twinned(name: str) -> str:
+    """The implementation that a name means, be it its own or its twin's."""
+    found = name.removeprefix(TWIN)
+    return next((own for own, alias in flash.ALIASES.items() if alias == found), found)
 
 
 def attend(
@@ -67,7 +86,8 @@ def attend(
     if probe is not None:
         _check(implementation, module, kwargs)
         probe.append(Seen(module, AttentionSlot(key.shape[1], key.shape[3]), value.shape[3], attention_mask))
-        return original(query, key, value, attention_mask, scaling=scaling, **kwargs)
+        # Not the original, which may want a device, a compiler or half precision that the model has not got yet.
+        return query.new_zeros(*query.transpose(1, 2).shape[:3], value.shape[3]), None
     paged = kwargs.pop("cache", None)
     if paged is not None:
         # Continuous batching leaves this to the attention function; the prefix must not get into the cache.
@@ -80,6 +100,11 @@ def attend(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     plain = not kwargs.get("dropout") and all(kwargs.get(k) is None for k in ("softcap", "s_aux", "position_bias"))
     gate = None if prefix.log_gate is None else prefix.log_gate.to(query.device)
+    if implementation in APART:
+        prefix_key, prefix_value = _gather(prefix, query, shared=False)
+        key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
+        call = partial(original, scaling=scaling)
+        return APART[implementation](call, query, key, value, attention_mask, prefix.num_tokens, gate, kwargs)  # type: ignore[no-any-return]
     if query.shape[2] == 1 and implementation == "sdpa" and plain and not torch.is_grad_enabled():
         tables, rows = _tables(prefix, query)
         return attend_one(query, key, value, attention_mask, scaling, tables, gate, rows)
@@ -92,6 +117,8 @@ def attend(
         # queries. To the eager function it means that everything is visible.
         s = query.shape[2]
         key, value = key[:, :, :s], value[:, :, :s]
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = kwargs["position_bias"][..., :s]
         attention_mask = torch.ones(1, 1, s, p + s, dtype=torch.bool, device=query.device).tril(p)
     elif attention_mask is not None:
         attention_mask = F.pad(attention_mask, (p, 0), value=attention_mask.dtype == torch.bool)
@@ -112,6 +139,8 @@ def attend(
 
 
 def _original(implementation: str, module: nn.Module) -> Callable[..., Attention]:
+    if implementation == flash.NAME:
+        return flash.under_own_name(ALL_ATTENTION_FUNCTIONS[implementation])
     if implementation != "eager":
         return ALL_ATTENTION_FUNCTIONS[implementation]  # type: ignore[no-any-return]
     # The class that was written beside the function, where a user's own class inherits from it.
@@ -130,6 +159,11 @@ def _check(implementation: str, module: nn.Module, kwargs: dict[str, Any]) -> No
         )
 
 
+def _mask_of(mask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # Probing reads the mask, and flash attention's would not tell.
+    return (mask if PROBE.get() is None else sdpa_mask)(*args, **kwargs)
+
+
 def _collect(module: nn.Module, key: Tensor, value: Tensor) -> None:
     """Keep keys and values of soft tokens, which a run over nothing else is for."""
     slot, forward = getattr(module, "_peml_slot", None), routing.current()
@@ -142,12 +176,13 @@ def _prefix_of(module: nn.Module) -> LayerPrefix | None:
     if slot is None or slot[1].active() is None:
         return None
     forward = routing.current()
-    if forward is None:
+    # A block that only routes has computed no prefix: the model's own forward would have.
+    if forward is None or forward.prefix is None:
         raise PemlError(
             "a layer with a learned prefix was called outside its model's forward, where the prefix would be lost: "
             "call the adapted model itself"
         )
-    return None if forward.prefix is None else forward.prefix.get(slot[0])
+    return forward.prefix.get(slot[0])
 
 
 def _gather(prefix: LayerPrefix, query: Tensor, shared: bool) -> tuple[Tensor, Tensor]:
@@ -182,5 +217,5 @@ def _tables(prefix: LayerPrefix, query: Tensor) -> tuple[tuple[Tensor, Tensor], 
 
 
 for _implementation, _mask in MASKS.items():
-    AttentionInterface.register(TWIN + _implementation, partial(attend, _implementation))
-    AttentionMaskInterface.register(TWIN + _implementation, _mask)
+    AttentionInterface.register(twin_of(_implementation), partial(attend, _implementation))
+    AttentionMaskInterface.register(twin_of(_implementation), partial(_mask_of, _mask))

@@ -25,7 +25,8 @@ class PrefixTuning(PromptConfig):
     this prompt does not begin as the identity.
 
     Args:
-        num_virtual_tokens: P, one number for all layers or one per attention layer (0: none there).
+        num_virtual_tokens: P, one number for all layers or one per attention layer (0: none there). An encoder-decoder
+            has its encoder's layers first, then of each layer of the decoder its self- and its cross-attention.
         per_task: one prefix per task instead of one that all tasks share.
         gated: carry fixed log-gates, as a prefix that was found by a search and collapsed to a table does.
 
