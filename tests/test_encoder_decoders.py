@@ -1,5 +1,7 @@
 """What only encoder-decoders have: an encoder that is called by itself, three kinds of attention, targets from labels."""
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel
@@ -180,11 +182,70 @@ def test_classifiers_that_want_an_end_of_text() -> None:
 
 
 @few
-def test_prompts_at_the_input_are_refused(family: str) -> None:
+@torch.no_grad()
+def test_a_prompt_at_the_input_stands_before_the_text(family: str) -> None:
+    """Each row alone, with its prompt prepended by hand, and everything computed anew for each token."""
     base = families.build(family, "sdpa")
-    with pytest.raises(PemlError, match="its encoder looks both ways; use PrefixTuning"):
-        adapt(base, prompt=peml.PromptTuning(2))
-    assert base.config._attn_implementation == "sdpa"
+    plain = copy.deepcopy(base)
+    model = adapt(base, prompt=peml.PromptTuning(3, per_task=True))
+    rows, new = texts(), 4
+    ids, mask = padded(rows, "right")
+    decoded, wanted = torch.tensor([[2, 5, 9]] * 2), []
+    logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoded, tasks=ROW_TASKS).logits
+    settings = {"max_new_tokens": new, "do_sample": False, "tasks": ROW_TASKS}
+    for i, (row, task) in enumerate(zip(rows, ROW_TASKS, strict=True)):
+        prompt = model.base_model.prompt.tokens[TASKS.index(task)][None]
+        whole = torch.cat([prompt, plain.get_input_embeddings()(row[None])], dim=1)
+        close(logits[i : i + 1], plain(inputs_embeds=whole, decoder_input_ids=decoded[:1]).logits)
+        written = torch.tensor([[plain.generation_config.decoder_start_token_id]])
+        for _ in range(new):
+            step = plain(inputs_embeds=whole, decoder_input_ids=written, use_cache=False).logits[:, -1]
+            written = torch.cat([written, step.argmax(-1, keepdim=True)], dim=1)
+        wanted.append(written[0])
+    for extra in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        found = model.generate(ids, attention_mask=mask, **settings, **extra)
+        assert torch.equal(found[:, : new + 1], torch.stack(wanted)), extra
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    together = model.generate(ids, attention_mask=mask, **settings, **beams)
+    for i, (row, task) in enumerate(zip(rows, ROW_TASKS, strict=True)):
+        alone = model.generate(row[None], **settings | {"tasks": task}, **beams)
+        assert torch.equal(together[2 * i : 2 * i + 2, : alone.shape[1]], alone)
+
+
+@few
+def test_a_prompt_at_the_input_trains(family: str) -> None:
+    """Checkpointed or not, with an adapter that differs by task, and from labels."""
+    model = adapt(families.build(family, "sdpa"), peml.MTLLoRA(r=2), peml.MultitaskPrompt(3))
+    ids, mask = padded(texts(), "right")
+    results = []
+    for _ in range(2):
+        model(input_ids=ids, attention_mask=mask, labels=ids[:, :3].contiguous(), tasks=ROW_TASKS).loss.backward()
+        results.append(gradients(model))
+        model.train()
+        base_of(model).activation_checkpointing_enable()
+    assert_same(*results)
+    absent = TASKS.index("sst2")
+    for name, gradient in results[0].items():
+        if "by_token" in name or "by_feature" in name:
+            assert not gradient[absent].any() and gradient[TASKS.index("rte")].any()
+    reading = adapt(families.build(family, "sdpa"), prompt=peml.Attempt(2, num_sources=1, projection_dim=3))
+    found = reading.generate(ids, attention_mask=mask, tasks=ROW_TASKS, max_new_tokens=3, do_sample=False, num_beams=2)
+    alone = reading.generate(texts()[0][None], tasks=ROW_TASKS[0], max_new_tokens=3, do_sample=False, num_beams=2)
+    assert torch.equal(found[:1, : alone.shape[1]], alone)
+
+
+def test_prompts_at_the_input_that_are_refused() -> None:
+    base = families.build("marian", "sdpa")
+    if not peml.attention.takes_embeddings(base):
+        with pytest.raises(PemlError, match="does not read embeddings as it reads tokens; use PrefixTuning"):
+            adapt(base, prompt=peml.PromptTuning(2))
+        assert base.config._attn_implementation == "sdpa"
+    model = adapt(families.build("t5", "sdpa"), prompt=peml.PromptTuning(2))
+    ids = texts()[0][None]
+    with pytest.raises(PemlError, match="outside its model's forward"):
+        base_of(model).get_encoder()(input_ids=ids)
+    with pytest.raises(PemlError, match="mask of rows x tokens"):
+        model(input_ids=ids, attention_mask=torch.ones(1, 1, 4, 4), decoder_input_ids=ids)
 
 
 def test_models_that_would_be_reached_in_part_or_not_at_all() -> None:

@@ -58,10 +58,13 @@ class ForwardHooks:
         self.opener = opener
         self.model = model
         self.arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self.handles = (
+        self.handles: tuple[Any, ...] = (
             model.register_forward_pre_hook(self.enter, with_kwargs=True),
             model.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
         )
+        if self._encodes_first():
+            encoder = model.get_encoder()
+            self.handles += (encoder.register_forward_pre_hook(self.enter_encoder, with_kwargs=True),)
         # Of a rotary model, whichever way it looks: the distance to a prefix key, which has no phase, is the position.
         self.rotary = attention.is_rotary(model)
         # RoBERTa and its kin start behind the padding token's number, and count for themselves.
@@ -85,15 +88,20 @@ class ForwardHooks:
         # Before anything is computed: soft tokens are run through the attention as well.
         attention.engage(module)
         forward, rows = routing.surrounding(module, self.opener.adapter_in_force), self._rows(args, kwargs)
-        if tasks is not None or forward is None or forward.prefix is None or forward.front is not None:
+        if tasks is not None or forward is None or forward.prefix is None:
             forward = self.opener.open_forward(
                 tasks, rows, self._mask(args, kwargs), self._text(args, kwargs, input_mask)
             )
+        lengths = self._lengths(args, kwargs)
         if forward.front is not None:
-            call = dict(zip(self.arguments, args, strict=False)) | kwargs
-            args, kwargs = (), attention.lengthened(self.model, call, forward.front)
-            forward = replace(forward, mask=kwargs["attention_mask"])
-        routing.enter(replace(forward, rows=rows, lengths=self._lengths(args, kwargs), handed={}))
+            args, kwargs = (), dict(zip(self.arguments, args, strict=False)) | kwargs
+            lengths += tuple(length + forward.front.shape[1] for length in lengths)
+            if self._encodes_first():
+                kwargs = attention.widened(kwargs, forward.front.shape[1])
+            else:
+                kwargs = attention.lengthened(self.model, kwargs, forward.front)
+                forward = replace(forward, mask=kwargs["attention_mask"])
+        routing.enter(replace(forward, rows=rows, lengths=lengths, handed={}))
         if module.training:
             routing.bind_checkpointing(module)
         if forward.prefix:
@@ -103,12 +111,22 @@ class ForwardHooks:
                 return (), self._moved(args, kwargs, forward.offset)
         return args, kwargs
 
+    def enter_encoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Put soft tokens in front of what the encoder of an encoder-decoder model reads."""
+        forward = routing.current()
+        if forward is None or forward.front is None or forward.model is not self.model:
+            return args, kwargs
+        arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        return (), attention.fronted(module, dict(zip(arguments, args, strict=False)) | kwargs, forward.front)
+
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Close what `enter` opened."""
         forward = routing.current()
         if forward is not None and forward.model is module and output is not None:
             self.opener.close_forward(forward)
-            if forward.front is not None:
+            if forward.front is not None and not self._encodes_first():
                 output = attention.shortened(output, kwargs["inputs_embeds"].shape[1], forward.front.shape[1])
         routing.leave(module)
         return output
@@ -219,7 +237,7 @@ class ForwardHooks:
                 "this adapter's prompt is made from the whole text, and a step through a cache has only its end: call "
                 "generate(), or the model with the whole text"
             )
-        if input_mask is None and not self.opener.counts_positions():
+        if input_mask is None and (self._encodes_first() or not self.opener.counts_positions()):
             # An encoder has no answer in its text.
             given = self._argument("attention_mask", args, kwargs)
             input_mask = torch.ones(batch.shape[:2], device=batch.device) if given is None else given

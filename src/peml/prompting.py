@@ -79,7 +79,7 @@ class Prompting(Attached):
             return replace(forward, prefix=prefix, generated=prompt.generated)
         assert isinstance(prompt, SoftPrompt)
         tokens = prompt(present, self._texts(text, route) if prompt.reads_input else None)
-        if not host.causal:
+        if soft.sees_ahead(self.model, host):
             if route is not None and route.per_token:
                 raise PemlError(
                     "a prompt at the input cannot serve rows that pack several tasks: give one task per row"

@@ -71,9 +71,9 @@ class PemlModel(Prompting, Merging, Growing):
             config.target_modules = DUMMY_TARGET_MODULES
         host = self._prompt_host()
         fresh = None
+        # Adapters that are there already want a task for the probe; any will do.
+        any_task = Forward(Route.of(0, config.task_names), {}, model=model, adapter=self.adapter_in_force)
         if config.prompt is not None and host is None:
-            # Adapters that are there already want a task for the probe; any will do.
-            any_task = Forward(Route.of(0, config.task_names), {}, model=model, adapter=self.adapter_in_force)
             with routing.opened(any_task):
                 fresh = attention.install(model)
         try:
@@ -82,7 +82,8 @@ class PemlModel(Prompting, Merging, Growing):
             if host is not None and config.prompt is not None:
                 config.prompt.num_parameters(host.shape, len(config.task_names))
                 if config.prompt.at_input:
-                    attention.check_soft(model, host)
+                    with routing.opened(any_task):
+                        attention.check_soft(model, host)
             super().inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
         except BaseException:
             if fresh is not None:

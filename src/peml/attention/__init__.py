@@ -6,9 +6,9 @@ the open `Forward` in front of the layer's keys and values and calls the origina
 real tokens keep their positions, and gradient checkpointing, packing, static caches and beams work as without it.
 """
 
-from peml.attention.front import lengthened, shortened
+from peml.attention.front import fronted, lengthened, shortened, widened
 from peml.attention.host import PromptHost, install, uninstall
-from peml.attention.soft import check_soft, is_rotary
+from peml.attention.soft import check_soft, is_rotary, takes_embeddings
 from peml.attention.switch import check_paging, engage, hosts_prompts, named_for_paging, packs
 from peml.attention.twin import TWIN, attend
 
@@ -19,6 +19,7 @@ __all__ = [
     "check_paging",
     "check_soft",
     "engage",
+    "fronted",
     "hosts_prompts",
     "install",
     "is_rotary",
@@ -26,5 +27,7 @@ __all__ = [
     "named_for_paging",
     "packs",
     "shortened",
+    "takes_embeddings",
     "uninstall",
+    "widened",
 ]

@@ -1,6 +1,7 @@
 """Soft tokens in an encoder: there they see the text, so they go through the model with it, row by row.
 
-They stand behind the first token, which classifiers read, and the outputs are as if they were not there.
+They stand behind the first token, which classifiers read, and the outputs are as if they were not there. The encoder of
+an encoder-decoder model has them in front of the text, and the decoder attends to what becomes of them.
 
 Letters: `P` soft tokens, `S` tokens of the text, `E` width of the input embeddings, `B` rows.
 """
@@ -62,6 +63,38 @@ def lengthened(model: nn.Module, call: dict[str, Any], front: Tensor) -> dict[st
         first, own = text[:, :1], torch.arange(1, p + 1, device=embedded.device)[None]
         call["position_ids"] = torch.cat([first, first + own, text[:, 1:] + p], dim=1) + _first_position(model, given)
     return call
+
+
+def fronted(encoder: nn.Module, call: dict[str, Any], front: Tensor) -> dict[str, Any]:
+    """The arguments of a call of an encoder with soft tokens in front of every row.
+
+    Args:
+        encoder: of an encoder-decoder model.
+        call: its arguments by name; the mask may be that of the whole already.
+        front: `[B, P, E]`.
+    """
+    embedded, ids, p = call.pop("inputs_embeds", None), call.pop("input_ids", None), front.shape[1]
+    if embedded is None:
+        embedded = encoder.get_input_embeddings()(ids)  # type: ignore[operator]
+    front = front.to(embedded.device, embedded.dtype).expand(embedded.shape[0], -1, -1)
+    mask = call.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape[-1] == embedded.shape[1]:
+        call = widened(call, p)
+    return call | {"inputs_embeds": torch.cat([front, embedded], dim=1)}
+
+
+def widened(call: dict[str, Any], num_tokens: int) -> dict[str, Any]:
+    """The arguments of a call with soft tokens visible in the mask of the text.
+
+    Raises:
+        PemlError: a mask that is not `[B, S]`.
+    """
+    mask = call.get("attention_mask")
+    if not isinstance(mask, Tensor):
+        return call
+    if mask.ndim != 2:
+        raise PemlError(f"a model with a prompt at its input takes a mask of rows x tokens, not {list(mask.shape)}")
+    return call | {"attention_mask": torch.cat([mask.new_ones(mask.shape[0], num_tokens), mask], dim=1)}
 
 
 def _first_position(model: nn.Module, given: Tensor | None) -> int:

@@ -36,10 +36,13 @@ def check_soft(model: nn.Module, host: PromptHost) -> None:
         PemlError: saying what stands against it, and what to use instead.
     """
     name, instead = type(model).__name__, "use PrefixTuning, or MultitaskPrompt with deep=True"
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise PemlError(f"{name} cannot take a prompt at its input: its encoder looks both ways; {instead}")
-    if not host.causal:
-        return  # the soft tokens go through it with the text
+    if sees_ahead(model, host):
+        # The soft tokens go through it with the text.
+        if not takes_embeddings(model):
+            raise PemlError(
+                f"{name} cannot take a prompt at its input: it does not read embeddings as it reads tokens; {instead}"
+            )
+        return
     if is_rotary(model):
         kinds = _rope_types(getattr(getattr(model, "config", None), "rope_parameters", None)) & {"dynamic", "longrope"}
         if kinds:
@@ -51,6 +54,31 @@ def check_soft(model: nn.Module, host: PromptHost) -> None:
         hasattr(part, "create_position_ids_from_input_ids") for part in model.modules()
     ):
         raise PemlError(f"{name} cannot take a prompt at its input: it counts positions by itself; {instead}")
+
+
+def sees_ahead(model: nn.Module, host: PromptHost) -> bool:
+    """Whether what reads the text sees all of it at once: encoders, alone or before a decoder."""
+    return not host.causal or encodes_first(model)
+
+
+def encodes_first(model: nn.Module) -> bool:
+    """Whether an encoder reads the text, and a decoder writes."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+@torch.no_grad()
+def takes_embeddings(model: nn.Module) -> bool:
+    """Whether embeddings given in place of tokens are taken as they are; Marian's encoder would scale tokens only."""
+    assert isinstance(model, PreTrainedModel)
+    reader = model.get_encoder() if encodes_first(model) else model.base_model
+    if model.device.type == "meta":
+        return True
+    ids = torch.tensor([[2, 3]], device=model.device)
+    training = model.training
+    by_token = reader.eval()(input_ids=ids)[0]
+    embedded = reader(inputs_embeds=model.get_input_embeddings()(ids))[0]
+    model.train(training)
+    return torch.allclose(by_token, embedded, rtol=1e-3, atol=1e-4)
 
 
 def _rope_types(parameters: Any) -> set[str]:
