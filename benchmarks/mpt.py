@@ -79,7 +79,7 @@ def real(options: Namespace) -> dict[str, Any]:
         folder = Path(options.data) / fields.pop("path")
         files = {"path": folder / "train.jsonl", "eval_path": folder / f"{fields.pop('eval', 'dev')}.jsonl"}
         tasks.append(
-            {"name": name, "kind": "choose", "limit_eval": 400, **fields, **{k: str(v) for k, v in files.items()}}
+            {"name": name, "kind": "choose", "limit_eval": 300, **fields, **{k: str(v) for k, v in files.items()}}
         )
     model = str(Path(options.data) / "models" / "stories3M-hf")
     return {"model": model, "tasks": tasks, "sizes": {"sources": SOURCES, "targets": TARGETS}, "max_length": 96}

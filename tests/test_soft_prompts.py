@@ -106,6 +106,18 @@ def test_the_prompt_is_run_once_per_task_present_whatever_the_rows() -> None:
     assert seen == [(1, 3), (2, 4), (2, 1), (2, 1)]
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_continuous_batching(family: str) -> None:
+    """The tokens of each request alone, whatever the task that went before."""
+    model = families.made(family, "sdpa", "soft, per task")
+    for task in ("cola", "rte"):
+        model.base_model.select_task(task)
+        for row, found in zip(families.texts(), families.batched(model), strict=True):
+            settings = {"max_new_tokens": families.NEW, "do_sample": False, "eos_token_id": -1}
+            assert found == model.generate(row[None], **settings)[0, len(row) :].tolist()
+
+
 # Where they begin.
 
 
@@ -150,6 +162,13 @@ def test_a_deep_multitask_prompt_begins_at_the_keys_and_values_of_words(tmp_path
     row = torch.tensor([5, 9, 7, 11])
     whole = plain(input_ids=torch.tensor([[*ids, *row.tolist()]])).logits[0, 3:]
     torch.testing.assert_close(model(input_ids=row[None], tasks="rte").logits[0], whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_further_task_begins_at_words() -> None:
+    model = adapt(tiny().float(), prompt=peml.PromptTuning(4, per_task=True))
+    model.base_model.add_task("wnli")
+    vocabulary, tokens_of = model.get_input_embeddings().weight, model.base_model.prompt.tokens
+    assert tokens_of.shape[0] == 4 and all((vocabulary == token).all(-1).any() for token in tokens_of[3])
 
 
 def test_factors_begin_near_one() -> None:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from peml.adapters import Adapter
-from peml.attached import Attached
 from peml.errors import PemlError
-from peml.prompts import Prompt
+from peml.prompting import Prompting
+from peml.prompts import Prompt, WordPromptConfig
 
 
-class Growing(Attached):
+class Growing(Prompting):
     """The part of a tuner that adds tasks."""
 
     _only_tasks: bool = False
@@ -46,7 +46,10 @@ class Growing(Attached):
                 bank.task_names[adapter_name] = names
         host = self._prompt_host()
         if host is not None and self.prompt is not None and config.prompt is not None:
-            append_task(self.prompt, config.prompt.build(host.shape, 1), init, source)
+            one = config.prompt.build(host.shape, 1)
+            if isinstance(config.prompt, WordPromptConfig):
+                self._begin_at_words(one, config.prompt)
+            append_task(self.prompt, one, init, source)
         config.adapter, config.task_names = grown, list(names)
 
     def freeze_shared(self) -> None:

@@ -24,7 +24,6 @@ from peml.growth import Growing
 from peml.hooks import ForwardHooks
 from peml.merging import Merging
 from peml.mlp import fuse_mlps
-from peml.prompting import Prompting
 from peml.prompts import SoftPrompt
 from peml.routing import Forward, Route, Tasks
 
@@ -32,7 +31,7 @@ HEADS_OF_PEFT = ("classifier", "score", "qa_outputs")
 """What PEFT adds to `modules_to_save` for a `task_type`, whether or not the model calls its head so."""
 
 
-class PemlModel(Prompting, Merging, Growing):
+class PemlModel(Merging, Growing):
     """A model with PEML adapters; made by `peft.get_peft_model(model, PemlConfig(...))`.
 
     `model(**batch, tasks=["rte", "sst2"])` routes each row; `tasks="rte"` routes all rows. Names or ids.
