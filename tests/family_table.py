@@ -183,4 +183,8 @@ LIMITS = [
     "  then for each layer of the decoder its self-attention and its cross-attention. `num_virtual_tokens` as a tuple gives",
     "  their lengths (0: none). Position biases (T5) are those of the text; a prefix has none.",
     "- The encoder of an encoder-decoder cannot be called by itself, where its prefix would be lost: `generate` may.",
+    "- Prompts at the input (`PromptTuning`, `MultitaskPrompt`, `Attempt`) are tested on the same families, with the same",
+    "  kinds of padding and generation. Refused: rotary positions that change with the length of the text (`dynamic`,",
+    "  `longrope`), encoders that do not read embeddings as they read tokens, and rows of an encoder padded on the left.",
+    "  A prompt that is made from the text (`Attempt`) serves no packed rows and no cache other than that of `generate`.",
 ]
