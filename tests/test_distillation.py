@@ -267,6 +267,7 @@ def test_an_interrupted_run_goes_on_in_its_stage(tmp_path: Path, monkeypatch: py
         ({"regime": {"kappa": 1}}, "regime: unknown key kappa"),
         ({"regime": {"teachers": {"max_step": 1}}}, r"regime.teachers.max_step is not a training argument; did you"),
         ({"regime": {"name": "serial"}}, "regime.name must be one of joint, distil_then_adapt"),
+        ({"mixing": {"by": "subset", "cap": 3}}, "by: subset` draws the tasks of each batch"),
         ({"method": "lora", "set": {}, "regime": {"name": "distil_then_adapt"}}, "method 'lora' has neither"),
     ],
 )

@@ -106,6 +106,7 @@ class Recipe(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise PemlError(f"tasks: {twice[0]!r} is there twice; give each task a name of its own")
+        self.build_mixing()
         prompt = method(self.method, names, self.set).prompt
         if isinstance(self.how, DistilThenAdapt):
             self.how.check(names)
