@@ -167,11 +167,28 @@ def prefix_tuning(tensors: Tensors, settings: Settings, shapes: Sequence[tuple[i
         if length == 0:
             layers.append(None)
             continue
+        if settings["prefix_projection"]:
+            layers.append(_projected(tensors, settings, shapes, task, layer))
+            continue
         row = task if settings["per_task"] else 0
         keys, values = tensors[f"keys.{layer}"][row], tensors[f"values.{layer}"][row]
         gate = tensors[f"log_gate_{layer}"] if settings["gated"] else torch.zeros(length, dtype=keys.dtype)
         layers.append((keys.transpose(0, 1), values.transpose(0, 1), gate))
     return layers
+
+
+def _projected(tensors: Tensors, settings: Settings, shapes: Sequence[tuple[int, int]], task: int, layer: int):
+    """Token by token: tanh(e W_1 + b_1) W_2 + b_2, of which a layer's part is its key's heads, then its value's."""
+    first = sum(2 * heads * size for heads, size in shapes[:layer])
+    heads, size = shapes[layer]
+    keys, values = [], []
+    for seed in tensors["embedding"][task if settings["per_task"] else 0]:
+        hidden = torch.tanh(seed @ tensors["into"] + tensors["into_bias"])
+        token = (hidden @ tensors["out"] + tensors["out_bias"])[first : first + 2 * heads * size]
+        keys.append(torch.stack([token[h * size : (h + 1) * size] for h in range(heads)]))
+        values.append(torch.stack([token[(heads + h) * size : (heads + h + 1) * size] for h in range(heads)]))
+    gate = torch.zeros(len(keys), dtype=keys[0].dtype)
+    return torch.stack(keys, dim=1), torch.stack(values, dim=1), gate
 
 
 def prompt_tuning(tensors: Tensors, settings: Settings, task: int, text: Tensor) -> Tensor:

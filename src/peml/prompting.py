@@ -14,7 +14,7 @@ from torch import Tensor
 from peml.attached import Attached
 from peml.attention import PromptHost, soft
 from peml.errors import PemlError
-from peml.prompts import Prefix, PrefixGenerator, Prompt, SoftPrompt, Texts, WordPromptConfig
+from peml.prompts import Prefix, PrefixGenerator, ProjectedPrefix, Prompt, SoftPrompt, Texts, WordPromptConfig
 from peml.routing import Forward, Route
 
 
@@ -133,13 +133,14 @@ class Prompting(Attached):
         The generator is thrown away: the adapter gets smaller and faster, and cannot be searched further.
         """
         config, prompt = self._active_config(), self.prompt
-        if not isinstance(prompt, PrefixGenerator):
+        if not isinstance(prompt, PrefixGenerator | ProjectedPrefix):
             raise PemlError("there is no generated prefix to collapse")
-        if prompt.searching:
+        if isinstance(prompt, PrefixGenerator) and prompt.searching:
             prompt.derive()
+        trained = next(prompt.parameters()).requires_grad
         host = self._prompt_host()
         assert host is not None
         config.prompt, table = prompt.collapse()
-        table.requires_grad_(prompt.seed.requires_grad)
+        table.requires_grad_(trained)
         assert self.adapter_in_force is not None
         host.peml_prompt[self.adapter_in_force] = table

@@ -72,6 +72,11 @@ SMALL_PROMPTS: dict[str, tuple[peml.prompts.PromptConfig | None, Adjust | None]]
     "PrefixTuning": (peml.PrefixTuning(num_virtual_tokens=3), None),
     "PrefixTuning-lengths": (peml.PrefixTuning(num_virtual_tokens=(0, 3)), None),
     "PrefixTuning-per-task": (peml.PrefixTuning(num_virtual_tokens=(2, 3), per_task=True), None),
+    "PrefixTuning-projected": (peml.PrefixTuning(3, prefix_projection=True, encoder_hidden_size=5), None),
+    "PrefixTuning-projected-per-task": (
+        peml.PrefixTuning(2, per_task=True, prefix_projection=True, encoder_hidden_size=5),
+        None,
+    ),
     "PromptTuning": (peml.PromptTuning(3), None),
     "PromptTuning-per-task": (peml.PromptTuning(2, per_task=True, prompt_tuning_init="random"), None),
     "MultitaskPrompt": (peml.MultitaskPrompt(3), None),
@@ -116,7 +121,8 @@ class Case:
     @property
     def generated(self) -> bool:
         """Whether all layers' prefixes come from one graph."""
-        return not self.prompt_name.startswith(("none", "PrefixTuning")) and "collapsed" not in self.prompt_name
+        table = self.prompt_name.startswith("PrefixTuning") and "projected" not in self.prompt_name
+        return not table and self.prompt_name != "none" and "collapsed" not in self.prompt_name
 
     @property
     def at_input(self) -> bool:
@@ -166,6 +172,7 @@ FEW = [
     Case("none", "PrefixNAS"),
     Case("LoRA", "PrefixNAS-keep"),
     Case("MTLLoRA-diag-random", "PrefixTuning-per-task"),
+    Case("LoRA", "PrefixTuning-projected-per-task"),
     Case("none", "PromptTuning"),
     Case("MTLLoRA", "PromptTuning"),
     Case("LoRA", "MultitaskPrompt"),

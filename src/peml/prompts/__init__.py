@@ -14,7 +14,7 @@ from peml.prompts.base import (
     WordPromptConfig,
 )
 from peml.prompts.multitask import MultitaskPrompt
-from peml.prompts.prefix import PrefixTable, PrefixTuning
+from peml.prompts.prefix import PrefixTable, PrefixTuning, ProjectedPrefix
 from peml.prompts.prefix_nas import PrefixGenerator, PrefixNAS
 from peml.prompts.prompt_tuning import PromptTuning
 
@@ -36,6 +36,7 @@ __all__ = [
     "PrefixNAS",
     "PrefixTable",
     "PrefixTuning",
+    "ProjectedPrefix",
     "Prompt",
     "PromptConfig",
     "PromptTuning",

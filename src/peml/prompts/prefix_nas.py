@@ -307,7 +307,7 @@ class PrefixGenerator(Prefix):
         gated = any(prefix is not None and prefix.log_gate is not None for prefix in layers)
         lengths = tuple(0 if prefix is None else prefix.num_tokens for prefix in layers)
         config = PrefixTuning(num_virtual_tokens=lengths, gated=gated)
-        table = config.build(self.shape, num_tasks=1).to(self.seed.device, self.seed.dtype)
+        table = PrefixTable(config, self.shape, num_tasks=1).to(self.seed.device, self.seed.dtype)
         table.fill(layers)
         return config, table
 
