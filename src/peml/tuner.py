@@ -83,6 +83,8 @@ class PemlModel(Merging, Growing):
                 if config.prompt.at_input:
                     with routing.opened(any_task):
                         attention.check_soft(model, host)
+                elif getattr(config.prompt, "prompt_tuning_init", "random") != "random" and not config.stored:
+                    attention.check_words(model)
             super().inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
         except BaseException:
             if fresh is not None:

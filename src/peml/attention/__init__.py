@@ -8,7 +8,7 @@ real tokens keep their positions, and gradient checkpointing, packing, static ca
 
 from peml.attention.front import fronted, lengthened, shortened, widened
 from peml.attention.host import PromptHost, install, uninstall
-from peml.attention.soft import check_soft, is_rotary, takes_embeddings
+from peml.attention.soft import changing_rope, check_soft, check_words, is_rotary, takes_embeddings
 from peml.attention.switch import check_paging, engage, hosts_prompts, named_for_paging, packs
 from peml.attention.twin import TWIN, attend
 
@@ -16,8 +16,10 @@ __all__ = [
     "TWIN",
     "PromptHost",
     "attend",
+    "changing_rope",
     "check_paging",
     "check_soft",
+    "check_words",
     "engage",
     "fronted",
     "hosts_prompts",

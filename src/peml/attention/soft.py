@@ -44,10 +44,10 @@ def check_soft(model: nn.Module, host: PromptHost) -> None:
             )
         return
     if is_rotary(model):
-        kinds = _rope_types(getattr(getattr(model, "config", None), "rope_parameters", None)) & {"dynamic", "longrope"}
-        if kinds:
+        kind = changing_rope(model)
+        if kind is not None:
             raise PemlError(
-                f"{name} cannot take a prompt at its input: its rotary positions ({kinds.pop()}) change with the "
+                f"{name} cannot take a prompt at its input: its rotary positions ({kind}) change with the "
                 f"length of the text; {instead}"
             )
     elif "position_ids" not in inspect.signature(type(model).forward).parameters or any(
@@ -81,6 +81,30 @@ def takes_embeddings(model: nn.Module) -> bool:
     return torch.allclose(by_token, embedded, rtol=1e-3, atol=1e-4)
 
 
+def check_words(model: nn.Module) -> None:
+    """Refuse a model whose keys and values of words cannot be computed ahead, for a prefix to begin at.
+
+    Raises:
+        PemlError: saying why, and what to do instead.
+    """
+    inner = getattr(model, "base_model", model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        what = "its decoder reads more than words"
+    elif "position_ids" not in inspect.signature(type(inner).forward).parameters:
+        what = "it counts positions by itself"
+    else:
+        return
+    raise PemlError(
+        f'{type(model).__name__} cannot begin a prefix at words: {what}; set prompt.prompt_tuning_init to "random"'
+    )
+
+
+def changing_rope(model: nn.Module) -> str | None:
+    """The kind of rotary positions that change with the length of the text, if these do."""
+    kinds = _rope_types(getattr(getattr(model, "config", None), "rope_parameters", None)) & {"dynamic", "longrope"}
+    return min(kinds, default=None)
+
+
 def _rope_types(parameters: Any) -> set[str]:
     if not isinstance(parameters, dict):
         return set()
@@ -93,20 +117,22 @@ def position_offset(model: nn.Module, num_tokens: int) -> int:
     return 0 if is_rotary(model) else num_tokens
 
 
-def run(model: nn.Module, tokens: Tensor, forward: Forward) -> dict[int, LayerPrefix]:
+def run(model: nn.Module, tokens: Tensor, forward: Forward, first: int | None = None) -> dict[int, LayerPrefix]:
     """Keys and values that every attention layer computes for soft tokens.
 
     Args:
         model: whose attention goes through the twin.
         tokens: `[G, P, E]`, a row per task present; or `[B, P, E]`, a row per text.
         forward: with the route of the rows of `tokens`, and its cores.
+        first: position of the first token; None: where a prompt stands.
 
     Returns:
         By attention slot, keys and values `[G, H, P, D]`.
     """
     assert isinstance(model, PreTrainedModel)
     rows, p, _ = tokens.shape
-    first = 0 if position_offset(model, p) else -p
+    if first is None:
+        first = 0 if position_offset(model, p) else -p
     embeddings = model.get_input_embeddings().weight
     collected: dict[int, LayerPrefix] = {}
     inside = replace(
