@@ -69,18 +69,18 @@ def inspect_folder(path: str | Path) -> Inspection:
                 if part is not None:
                     parameters[part] += math.prod(tensors.get_slice(key).get_shape())
             architecture = _architecture(config, tensors)
+            unit = _unit_gates(config, tensors)
     except (SafetensorError, IndexError) as error:
         raise PemlError(f"{weights} does not fit its adapter_config.json ({error}): train or copy it again") from None
     lengths = architecture.lengths if architecture else _table_lengths(config)
     metrics = RunFolder(path).read_metrics()
-    unit = isinstance(config.prompt, PrefixNAS) and config.prompt.gate_after == "unit"
     return Inspection(
         path=folder,
         config=config,
         parameters=dict(parameters),
         architecture=architecture,
         lengths=lengths,
-        targets=export_targets(config, lengths, unit),
+        targets=export_targets(config, lengths, unit, architecture is not None and not architecture.derived),
         bytes=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         metrics=metrics,
     )
@@ -107,6 +107,14 @@ def _architecture(config: PemlConfig, tensors: Any) -> Architecture | None:
     kept = tensors.get_tensor(_PROMPT + "kept")
     tokens = tuple(tuple(row.nonzero().flatten().tolist()) for row in kept)
     return Architecture(tuple(config.prompt.operations[c] for c in choice), tokens, derived)
+
+
+def _unit_gates(config: PemlConfig, tensors: Any) -> bool:
+    """Whether no token of the prefix weighs less than an ordinary one."""
+    if isinstance(config.prompt, PrefixNAS):
+        return config.prompt.gate_after == "unit"
+    gates = [key for key in tensors.keys() if key.startswith(f"{_PROMPT}log_gate")]  # noqa: SIM118  (not a mapping)
+    return not any(bool(tensors.get_tensor(key).any()) for key in gates)
 
 
 def _table_lengths(config: PemlConfig) -> tuple[int, ...] | None:
