@@ -194,10 +194,16 @@ def test_an_encoder_decoder_has_no_words_to_begin_at() -> None:
     with pytest.raises(
         PemlError, match='T5ForConditionalGeneration cannot begin .*prompt.prompt_tuning_init to "random"'
     ):
-        check_words(T5ForConditionalGeneration(config))
+        check_words(T5ForConditionalGeneration(config), peml.PrefixTuning(3, prompt_tuning_init="sample_vocab"))
 
 
-def test_a_missing_tokenizer_is_named() -> None:
-    config = peml.PemlConfig(task_names=TASKS, prompt=text(3, "no/such/tokenizer"))
+@pytest.mark.parametrize("kind", [peml.PrefixTuning, peml.PromptTuning, peml.MultitaskPrompt])
+def test_a_missing_tokenizer_is_named(kind: Any) -> None:
+    """Before the model is touched."""
+    prompt = kind(3, prompt_tuning_init="text", prompt_tuning_init_text="a", tokenizer_name_or_path="no/such/tokenizer")
+    base, batch = tiny(), tokens(1, 3)
+    expected, names = base(input_ids=batch).logits, [name for name, _ in base.named_modules()]
     with pytest.raises(PemlError, match="'no/such/tokenizer' has none that loads"):
-        get_peft_model(tiny(), config)
+        get_peft_model(base, peml.PemlConfig(task_names=TASKS, adapter=peml.LoRA(r=2), prompt=prompt))
+    assert [name for name, _ in base.named_modules()] == names
+    assert base.config._attn_implementation == "sdpa" and torch.equal(base(input_ids=batch).logits, expected)

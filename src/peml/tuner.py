@@ -24,7 +24,7 @@ from peml.growth import Growing
 from peml.hooks import ForwardHooks
 from peml.merging import Merging
 from peml.mlp import fuse_mlps
-from peml.prompts import SoftPrompt
+from peml.prompts import SoftPrompt, WordPromptConfig
 from peml.routing import Forward, Route, Tasks
 
 HEADS_OF_PEFT = ("classifier", "score", "qa_outputs")
@@ -83,8 +83,8 @@ class PemlModel(Merging, Growing):
                 if config.prompt.at_input:
                     with routing.opened(any_task):
                         attention.check_soft(model, host)
-                elif getattr(config.prompt, "prompt_tuning_init", "random") != "random" and not config.stored:
-                    attention.check_words(model)
+                if isinstance(config.prompt, WordPromptConfig) and not config.stored:
+                    attention.check_words(model, config.prompt)
             super().inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
         except BaseException:
             if fresh is not None:

@@ -81,14 +81,18 @@ def takes_embeddings(model: nn.Module) -> bool:
     return torch.allclose(by_token, embedded, rtol=1e-3, atol=1e-4)
 
 
-def check_words(model: nn.Module) -> None:
-    """Refuse a model whose keys and values of words cannot be computed ahead, for a prefix to begin at.
+def check_words(model: nn.Module, config: WordPromptConfig) -> None:
+    """Refuse words that a prompt cannot begin at, before anything is attached.
 
     Raises:
-        PemlError: saying why, and what to do instead.
+        PemlError: keys and values of words cannot be computed ahead, or a text cannot be turned into tokens.
     """
+    if config.prompt_tuning_init == "text":
+        word_ids(model, config, 1)
+    if config.prompt_tuning_init == "random" or config.at_input:
+        return
     inner = getattr(model, "base_model", model)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if encodes_first(model):
         what = "its decoder reads more than words"
     elif "position_ids" not in inspect.signature(type(inner).forward).parameters:
         what = "it counts positions by itself"
