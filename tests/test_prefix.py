@@ -154,6 +154,14 @@ def test_shorter_layers_keep_the_last_words(tokenizer: str) -> None:
 
 
 @torch.no_grad()
+def test_an_encoder_begins_at_words_too() -> None:
+    """What it makes of the words by themselves: nothing says where they would stand among the others."""
+    torch.manual_seed(3)
+    prompt = fresh(tiny("bert"), peml.PrefixTuning((0, 3), prompt_tuning_init="sample_vocab")).base_model.prompt
+    assert list(prompt.keys) == ["1"] and float(prompt.keys["1"].std()) > 0.1
+
+
+@torch.no_grad()
 def test_words_of_the_vocabulary() -> None:
     """Every prefix token is what some word gives: in the first layer a value has neither position nor context."""
     base = tiny("gpt2")

@@ -229,6 +229,7 @@ def test_what_no_stock_prefix_holds(tmp_path: Path) -> None:
         (adapt(tiny("gpt2"), prompt=peml.PrefixTuning(2)), "GPT2LMHeadModel has no rotary positions: .*PromptTuning"),
         (adapt(long, prompt=peml.PrefixTuning(2)), "of LlamaForCausalLM .dynamic. change with the length"),
         (adapt(encoder, prompt=peml.PrefixTuning(2)), "ModernBertForMaskedLM is no decoder"),
+        (adapt(tiny("bert"), prompt=peml.PromptTuning(2)), "BertForMaskedLM is no decoder"),
         (adapt(tiny(), peml.LoRA(r=2)), "this adapter has no prompt: .*save_as_lora"),
         (adapt(tiny(), peml.LoRA(r=2), peml.PrefixTuning(2)), "has LoRA beside its prompt, .* prompt_only=True"),
         (adapt(tiny(), prompt=peml.PrefixTuning(2), modules_to_save=["lm_head"]), "has lm_head beside its prompt"),
@@ -459,6 +460,9 @@ def test_adapters_that_cannot_be_taken_over(tmp_path: Path) -> None:
         assert all(parameter.requires_grad for parameter in base.parameters())
     with pytest.raises(PemlError, match="GPT2LMHeadModel has no rotary positions"):
         from_peft(tiny("gpt2"), learned, ["a"])
+    tokens_of = saved(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), tmp_path / "prompt")
+    with pytest.raises(PemlError, match="BertForMaskedLM is no decoder"):
+        from_peft(tiny("bert"), tokens_of, ["a"])
     with pytest.raises(PemlError, match="base must be a plain transformers model, not PeftModel"):
         from_peft(adapt(tiny(), peml.LoRA(r=2)), two, ["a"])  # type: ignore[arg-type]
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from peml.config import PemlConfig
 from peml.errors import PemlError
-from peml.export.phases import check_turning, moved, turns
+from peml.export.phases import check_decoder, check_turning, moved, turns
 from peml.export.stock import PREFIXES, Source, Stock, read_stock
 from peml.prompts import AttentionSlot, LayerPrefix, MultitaskPrompt, PrefixTuning, PromptConfig, PromptTuning
 
@@ -58,6 +58,7 @@ def from_peft(
         task_type="CAUSAL_LM",
     )
     first = stocks[0]
+    check_decoder(base)
     if first.kind in PREFIXES:
         check_turning(base)
     trained = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
@@ -66,6 +67,7 @@ def from_peft(
         prompt, slots = model.base_model.prompt, base.prompt_host.slots
         dtype = torch.promote_types(first.tensors["prompt_embeddings"].dtype, torch.float32)
         prompt.to(dtype)
+        check_decoder(base)
         if first.kind in PREFIXES:
             layers = _layers([_embeddings(stock, dtype, _width(slots)) for stock in stocks], slots)
             prompt.fill(moved(layers, turns(base), -layers[0].num_tokens))

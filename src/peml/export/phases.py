@@ -49,6 +49,21 @@ class Turn(NamedTuple):
         return torch.cat([turned, rest], dim=-1).to(keys.dtype)
 
 
+def check_decoder(model: Any) -> None:
+    """Refuse a model whose text PEFT would not put a prompt in front of as we do.
+
+    Raises:
+        PemlError: it has an encoder.
+    """
+    host = getattr(model, "prompt_host", None)  # which knows better, once there is one
+    if getattr(model.config, "is_encoder_decoder", False) or not (
+        model.can_generate() if host is None else host.causal
+    ):
+        raise PemlError(
+            f"{type(model).__name__} is no decoder, and prompts of stock PEFT are read and written for those"
+        )
+
+
 def check_turning(model: nn.Module) -> None:
     """Refuse a model in which a prefix cannot be moved.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peml.config import PemlConfig
 from peml.errors import PemlError
-from peml.export.phases import check_turning, moved, turns
+from peml.export.phases import check_decoder, check_turning, moved, turns
 from peml.export.stock import KINDS, PREFIXES, write_stock
 from peml.prompts import LayerPrefix, MultitaskPrompt, PrefixGenerator, SoftPrompt
 from peml.routing import Route
@@ -101,6 +101,7 @@ def _checked(tuner: PemlModel, config: PemlConfig, task: str | int | None, kind:
         raise PemlError("this adapter has no prompt: for its low-rank part use peft.save_as_lora()")
     if config.task_type not in (None, "CAUSAL_LM"):
         raise PemlError(f"a prompt is exported for task_type CAUSAL_LM only, not {config.task_type}")
+    check_decoder(tuner.model)
     beside = [] if config.adapter is None else [type(config.adapter).__name__]
     beside += config.modules_to_save or []
     if beside and not prompt_only:
@@ -150,8 +151,6 @@ def _layers(tuner: PemlModel, present: Sequence[int] | None) -> list[LayerPrefix
     base = tuner.model
     if isinstance(tuner.prompt, PrefixGenerator) and tuner.prompt.searching:
         raise PemlError("the search for this prefix is not over: finish its training, or call collapse_prompt()")
-    if not tuner.counts_positions():
-        raise PemlError(f"{type(base).__name__} is no decoder: PEFT's prefix needs one")
     training = tuner.training
     tuner.eval()
     try:
