@@ -10,14 +10,14 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 import peml
 from models import TASKS, VOCABULARY, adapt, probe_loss, tiny, tokens
 from peml import PemlError
 from peml.attention import check_words
 from peml.prompts import AttentionSlot, ModelShape, ProjectedPrefix
-from workshop import tiny_tokenizer
+from workshop import recipe, tiny_tokenizer, write_model
 
 PROJECTED = peml.PrefixTuning(4, prefix_projection=True, encoder_hidden_size=7)
 PASSAGE = "a b c d e a"
@@ -79,6 +79,20 @@ def test_the_rate_depends_on_the_network() -> None:
 def test_a_recipe_can_ask_for_the_network() -> None:
     config = peml.method("lora+prefix", ["a"], {"prompt.prefix_projection": True, "prompt.encoder_hidden_size": 8})
     assert config.prompt == peml.PrefixTuning(prefix_projection=True, encoder_hidden_size=8)
+
+
+def test_a_run_trains_the_network_and_stores_it(tmp_path: Path) -> None:
+    """What is saved is what is trained; the table is made on demand."""
+    changes: dict[str, Any] = {"prompt.prefix_projection": True, "prompt.encoder_hidden_size": 5}
+    write_model(tmp_path / "model")
+    data = recipe(tmp_path, method="lora+prefix", set=changes, train={"max_steps": 2, "max_length": 32})
+    folder = peml.train(peml.Recipe.model_validate(data), tmp_path / "run")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model, batch = PeftModel.from_pretrained(base, folder.adapter), torch.arange(2, 7)[None]
+    assert isinstance(model.base_model.prompt, ProjectedPrefix)
+    expected = model(input_ids=batch).logits
+    model.base_model.collapse_prompt()
+    torch.testing.assert_close(model(input_ids=batch).logits, expected)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ Letters: `H` key/value heads, `P` tokens, `D` head size, `F` frequencies.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -95,10 +96,8 @@ def turns(model: Any) -> list[Turn]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(embeddings.shape[0], (_TOKENS,), generator=generator)
     words = embeddings[ids.to(embeddings.device)][None]
-    training = model.training
-    model.eval()
-    here, there = (soft.run(model, words, Forward(model=model), first) for first in (0, _SHIFT))
-    model.train(training)
+    with evaluating(model):
+        here, there = (soft.run(model, words, Forward(model=model), first) for first in (0, _SHIFT))
     kinds = list(_kinds(model))
     # The two runs differ by rounding, a wrong kind by much more.
     bound = 1e-3 if torch.finfo(embeddings.dtype).bits >= 32 else 5e-2
@@ -119,6 +118,18 @@ def turns(model: Any) -> list[Turn]:
 def moved(layers: list[LayerPrefix], kinds: list[Turn], positions: int) -> list[LayerPrefix]:
     """The keys of every layer, moved by so many positions."""
     return [layer._replace(keys=kind.by(layer.keys, positions)) for layer, kind in zip(layers, kinds, strict=True)]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Nothing is drawn at random inside the block; afterwards every module trains that did."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _kinds(model: nn.Module) -> Iterator[Turn]:

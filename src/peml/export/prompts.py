@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peml.config import PemlConfig
 from peml.errors import PemlError
-from peml.export.phases import check_decoder, check_turning, moved, turns
+from peml.export.phases import check_decoder, check_turning, evaluating, moved, turns
 from peml.export.stock import KINDS, PREFIXES, write_stock
 from peml.prompts import LayerPrefix, MultitaskPrompt, PrefixGenerator, SoftPrompt
 from peml.routing import Route
@@ -35,9 +35,9 @@ def to_peft_prompt(
         K' = R(P) K, V' = V      prefix_tuning and cartridge: PEFT's prefix stands at 0 .. P-1, and its text begins at P
         Q_t                      prompt_tuning: a task's own, multiplied out
 
-    Logits are those of ours, to rounding; in layers with a sliding window as long as the text fits into it, because
-    ours stays visible and PEFT's does not. Any prompt that is not made from the text can be written as a prefix, one
-    at the input too. In stock PEFT a left-padded forward needs position ids; `generate` makes them.
+    Logits are those of ours, to rounding; in layers with a sliding window as long as prompt and text fit into it,
+    because ours stays visible and PEFT's does not. Any prompt that is not made from the text can be written as a
+    prefix, one at the input too. In stock PEFT a left-padded forward needs position ids; `generate` makes them.
 
     Args:
         model: with the adapter.
@@ -151,9 +151,7 @@ def _layers(tuner: PemlModel, present: Sequence[int] | None) -> list[LayerPrefix
     base = tuner.model
     if isinstance(tuner.prompt, PrefixGenerator) and tuner.prompt.searching:
         raise PemlError("the search for this prefix is not over: finish its training, or call collapse_prompt()")
-    training = tuner.training
-    tuner.eval()
-    try:
+    with evaluating(tuner):
         found, offset = _found(tuner, present)
         lengths = [0 if layer is None else layer.num_tokens for layer in found]
         if len(set(lengths)) > 1:
@@ -174,8 +172,6 @@ def _layers(tuner: PemlModel, present: Sequence[int] | None) -> list[LayerPrefix
             check_turning(base)
             with tuner.ablated("adapter"):
                 layers = moved(layers, turns(base), positions)
-    finally:
-        tuner.train(training)
     return layers
 
 
