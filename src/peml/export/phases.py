@@ -57,9 +57,8 @@ def check_decoder(model: Any) -> None:
         PemlError: it has an encoder.
     """
     host = getattr(model, "prompt_host", None)  # which knows better, once there is one
-    if getattr(model.config, "is_encoder_decoder", False) or not (
-        model.can_generate() if host is None else host.causal
-    ):
+    encoder = soft.encodes_first(model) or not model.can_generate() if host is None else soft.sees_ahead(model, host)
+    if encoder:
         raise PemlError(
             f"{type(model).__name__} is no decoder, and prompts of stock PEFT are read and written for those"
         )
