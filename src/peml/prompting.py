@@ -12,7 +12,7 @@ from peft.utils.integrations import init_empty_weights
 from torch import Tensor
 
 from peml.attached import Attached
-from peml.attention import PromptHost, soft
+from peml.attention import PromptHost, evaluating, soft
 from peml.errors import PemlError
 from peml.prompts import Prefix, PrefixGenerator, ProjectedPrefix, Prompt, SoftPrompt, Texts, WordPromptConfig
 from peml.routing import Forward, Route
@@ -50,11 +50,8 @@ class Prompting(Attached):
         if isinstance(prompt, SoftPrompt):
             prompt.start_from(words)
         else:
-            training = self.model.training
-            self.model.eval()
-            with self.ablated("adapter"):
+            with evaluating(self.model), self.ablated("adapter"):
                 found = soft.run(self.model, words[None], Forward(model=self.model))
-            self.model.train(training)
             prompt.fill([found[slot] for slot in range(len(found))])
 
     def with_prefix(self, forward: Forward, text: tuple[Tensor, Tensor | None] | None) -> Forward:

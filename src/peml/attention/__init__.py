@@ -7,7 +7,7 @@ real tokens keep their positions, and gradient checkpointing, packing, static ca
 """
 
 from peml.attention.front import fronted, lengthened, shortened, widened
-from peml.attention.host import PromptHost, install, uninstall
+from peml.attention.host import PromptHost, evaluating, install, uninstall
 from peml.attention.soft import changing_rope, check_soft, check_words, is_rotary, takes_embeddings
 from peml.attention.switch import check_paging, engage, hosts_prompts, named_for_paging, packs
 from peml.attention.twin import TWIN, attend
@@ -21,6 +21,7 @@ __all__ = [
     "check_soft",
     "check_words",
     "engage",
+    "evaluating",
     "fronted",
     "hosts_prompts",
     "install",

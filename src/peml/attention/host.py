@@ -84,6 +84,18 @@ class PromptHost(nn.Module, BaseTunerLayer):
         """Nothing to undo."""
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Nothing is drawn at random inside the block; afterwards every module trains that did."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def install(model: nn.Module) -> PromptHost:
     """Route the model's attention through the twin and find the shapes of its attention layers.
 
@@ -152,20 +164,19 @@ def _probe(model: PreTrainedModel, **inputs: Any) -> list[Seen]:
     """
     seen: list[Seen] = []
     token = PROBE.set(seen)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    # A ready-made mask, because making one asks for values that a model on the meta device has not.
+    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=model.device)
+    given = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=model.device)}
+    masks = {"attention_mask": mask} if model.device.type == "meta" else {}
+    if model.config.is_encoder_decoder:
+        end = getattr(model.config, "eos_token_id", None)
+        # Classifiers of this kind read what the decoder says at the end of the text.
+        given = {name: ids + end for name, ids in given.items()} if isinstance(end, int) else given
+        given["decoder_input_ids"] = given["input_ids"]
+        masks |= {f"decoder_{name}": part for name, part in masks.items()}
     try:
-        # A ready-made mask, because making one asks for values that a model on the meta device has not.
-        mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=model.device)
-        given = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=model.device)}
-        masks = {"attention_mask": mask} if model.device.type == "meta" else {}
-        if model.config.is_encoder_decoder:
-            end = getattr(model.config, "eos_token_id", None)
-            # Classifiers of this kind read what the decoder says at the end of the text.
-            given = {name: ids + end for name, ids in given.items()} if isinstance(end, int) else given
-            given["decoder_input_ids"] = given["input_ids"]
-            masks |= {f"decoder_{name}": part for name, part in masks.items()}
-        model(**given, **masks, **inputs)
+        with evaluating(model):
+            model(**given, **masks, **inputs)
     except PemlError:
         raise
     except Exception as error:
@@ -174,8 +185,6 @@ def _probe(model: PreTrainedModel, **inputs: Any) -> list[Seen]:
             f"layers, failed with {error!r}; use an adapter without a prompt for this model"
         ) from error
     finally:
-        for module in training:
-            module.training = True
         PROBE.reset(token)
     return seen
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from peml import routing
-from peml.attention.host import PromptHost
+from peml.attention.host import PromptHost, evaluating
 from peml.errors import PemlError
 from peml.prompts.base import LayerPrefix, WordPromptConfig
 from peml.routing import Forward
@@ -74,10 +74,9 @@ def takes_embeddings(model: nn.Module) -> bool:
     if model.device.type == "meta":
         return True
     ids = torch.tensor([[2, 3]], device=model.device)
-    training = model.training
-    by_token = reader.eval()(input_ids=ids)[0]
-    embedded = reader(inputs_embeds=model.get_input_embeddings()(ids))[0]
-    model.train(training)
+    with evaluating(model):
+        by_token = reader(input_ids=ids)[0]
+        embedded = reader(inputs_embeds=model.get_input_embeddings()(ids))[0]
     return torch.allclose(by_token, embedded, rtol=1e-3, atol=1e-4)
 
 

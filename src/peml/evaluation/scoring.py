@@ -7,7 +7,6 @@ tokens. With length normalisation the sum is divided by the option's length in U
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from peml.attention import evaluating
 from peml.errors import PemlError
 from peml.tasks.encode import IGNORED, Encoded, encode_choices, encode_prompts
 from peml.tasks.task import Example
@@ -77,7 +77,7 @@ def log_likelihoods(
     device = next(model.parameters()).device
     scores = [0.0] * len(encoded)
     keeps_logits = _accepts_logits_to_keep(model)
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():  # inference mode would taint what the model caches
         for picked in _batches([len(e.input_ids) for e in encoded], batch_size):
             rows = [encoded[i] for i in picked]
             width = max(len(row.input_ids) for row in rows)
@@ -149,7 +149,7 @@ def generate_answers(
     }
     generate: Callable[..., Any] = getattr(model, "generate")  # noqa: B009  (nn.Module does not declare it)
     answers = [""] * len(prompts)
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():  # inference mode would taint what the model caches
         for picked in _batches([len(prompt) for prompt in prompts], batch_size):
             width = max(len(prompts[i]) for i in picked)
             output = generate(
@@ -210,19 +210,3 @@ def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _accepts_logits_to_keep(model: nn.Module) -> bool:
     inner = getattr(model, "get_base_model", lambda: model)()
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients; afterwards every module is in the mode it was in.
-
-    Not `inference_mode`: a tensor that the model caches here could not be used in training any more.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

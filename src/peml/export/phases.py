@@ -12,13 +12,12 @@ Letters: `H` key/value heads, `P` tokens, `D` head size, `F` frequencies.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from peml.attention import changing_rope, is_rotary, soft
+from peml.attention import changing_rope, evaluating, is_rotary, soft
 from peml.errors import PemlError
 from peml.prompts import LayerPrefix
 from peml.routing import Forward
@@ -117,18 +116,6 @@ def turns(model: Any) -> list[Turn]:
 def moved(layers: list[LayerPrefix], kinds: list[Turn], positions: int) -> list[LayerPrefix]:
     """The keys of every layer, moved by so many positions."""
     return [layer._replace(keys=kind.by(layer.keys, positions)) for layer, kind in zip(layers, kinds, strict=True)]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Nothing is drawn at random inside the block; afterwards every module trains that did."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _kinds(model: nn.Module) -> Iterator[Turn]:

@@ -12,9 +12,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from peml.attention import evaluating
 from peml.config import PemlConfig
 from peml.errors import PemlError
-from peml.export.phases import check_decoder, check_turning, evaluating, moved, turns
+from peml.export.phases import check_decoder, check_turning, moved, turns
 from peml.export.stock import KINDS, PREFIXES, write_stock
 from peml.prompts import LayerPrefix, MultitaskPrompt, PrefixGenerator, SoftPrompt
 from peml.routing import Route
