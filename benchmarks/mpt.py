@@ -152,8 +152,8 @@ def table(options: Namespace, metrics: dict[tuple[int, str, int | None], dict[st
     """Mean and standard deviation over the seeds, per target and on average."""
     sizes = SUITES[options.suite](options)["sizes"]
     targets = sizes["targets"]
-    lines = [f"| rows per target | | {' | '.join(targets)} | average | seconds, all stages |"]
-    lines.append("|---|---|" + "---|" * (len(targets) + 2))
+    lines = [f"| rows per target | | {' | '.join(targets)} | average | trained | seconds, all stages |"]
+    lines.append("|---|---|" + "---|" * (len(targets) + 3))
     records = []
     for shots in options.shots:
         for way in WAYS:
@@ -163,12 +163,33 @@ def table(options: Namespace, metrics: dict[tuple[int, str, int | None], dict[st
             seconds = [
                 run["train_seconds"] + sum(s["train_seconds"] for s in run.get("stages", {}).values()) for run in runs
             ]
-            cells = [
-                f"{statistics.mean(v):.1f} ± {statistics.stdev(v) if len(v) > 1 else 0:.1f}" for v in scores.values()
-            ]
-            lines.append(f"| {shots or 'all'} | {way} | {' | '.join(cells)} | {statistics.mean(seconds):.0f} |")
+            cells = [spread(values) for values in scores.values()]
+            cells += [f"{sum(runs[0]['parameters'].values()):,}", f"{statistics.mean(seconds):.0f}"]
+            lines.append(f"| {shots or 'all'} | {way} | {' | '.join(cells)} |")
             records.append({"shots": shots, "way": way, "scores": scores, "seconds": seconds})
     return "\n".join(lines), records
+
+
+def sources_table(options: Namespace) -> tuple[str, list[Any]]:
+    """The same for the sources, after the first two stages: what distillation is for."""
+    ways = {"teachers": ("MPT", "teachers"), "student": ("MPT", "student")}
+    ways["student without distillation"] = ("MPT without distillation", "student")
+    sources = SUITES[options.suite](options)["sizes"]["sources"]
+    lines = [f"| after | {' | '.join(sources)} | average |", "|---|" + "---|" * (len(sources) + 1)]
+    records = []
+    for title, (way, stage) in ways.items():
+        runs = [RunFolder(folder_of(options, s, way, None) / "stages" / stage) for s in range(options.seeds)]
+        after = [run.read_metrics()["after"] for run in runs]
+        scores = {task: [100 * next(iter(own[task].values())) for own in after] for task in sources}
+        scores["average"] = [statistics.mean(values) for values in zip(*scores.values(), strict=True)]
+        lines.append(f"| {title} | {' | '.join(map(spread, scores.values()))} |")
+        records.append({"stage": title, "scores": scores})
+    return "\n".join(lines), records
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
 
 
 def main() -> None:
@@ -178,10 +199,10 @@ def main() -> None:
     parser.add_argument("--work", default="runs/mpt", help="folder for the runs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400, help="of every stage, on all rows")
-    parser.add_argument("--few-steps", type=int, default=100, help="of the last stage, on few rows")
+    parser.add_argument("--few-steps", type=int, default=400, help="of the last stage, on few rows")
     parser.add_argument("--rows", type=int, default=16, help="rows per step")
     parser.add_argument("--tokens", type=int, default=20, help="soft tokens")
-    parser.add_argument("--rate", type=float, default=0.1, help="learning rate of the prompts")
+    parser.add_argument("--rate", type=float, default=0.1, help="learning rate of the prompts; 0.03 for `real`")
     parser.add_argument("--shots", type=lambda s: None if s == "all" else int(s), nargs="*", default=list(SHOTS))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -192,8 +213,9 @@ def main() -> None:
         scores = {task: round(next(iter(own.values())), 3) for task, own in metrics[job]["after"].items()}
         print(*job, scores, flush=True)
     rows, records = table(options, metrics)
+    taught, stages = sources_table(options)
     settings = {k: v for k, v in vars(options).items() if k not in ("data", "work")}
-    record = {"settings": settings, **environment(options.threads), "records": records}
+    record = {"settings": settings, **environment(options.threads), "records": records, "sources": stages}
     name = f"mpt-{options.suite}"
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     sizes = SUITES[options.suite](options)["sizes"]
@@ -203,8 +225,9 @@ def main() -> None:
         f"{options.seeds} seeds. {options.tokens} soft tokens, {options.steps} steps of {options.rows} rows per stage "
         f"({options.few_steps} on few rows), learning rate {options.rate:g}, CPU.\n\n"
     )
-    (RESULTS / f"{name}.md").write_text(head + rows + "\n", encoding="utf-8")
-    print(head + rows)
+    text = f"{head}{rows}\n\nThe sources, {options.steps} steps each:\n\n{taught}\n"
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":
