@@ -334,6 +334,10 @@ def test_learned_positions_run_out_by_name() -> None:
     model(input_ids=tokens(1, 54))
     with pytest.raises(peml.PemlError, match="64 positions: a text of 55 tokens and a prompt of 10"):
         model(input_ids=tokens(1, 55))
+    model(input_ids=tokens(1, 80), position_ids=torch.arange(80)[None] % 40, use_cache=False)  # two texts in a row
+    model.generate(tokens(1, 50), max_new_tokens=5, do_sample=False)
+    with pytest.raises(peml.PemlError, match="64 positions: a text of 55 tokens and a prompt of 10"):
+        model.generate(tokens(1, 50), max_new_tokens=6, do_sample=False)
 
 
 @pytest.mark.parametrize(

@@ -258,14 +258,17 @@ class ForwardHooks:
         batch = kwargs.get("inputs_embeds") if batch is None else batch
         assert isinstance(batch, Tensor)
         positions = kwargs.get("position_ids")
+        past = 0 if cache is None else cache.get_seq_length()
         if positions is None:
-            past = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(batch.shape[1], device=batch.device)[None] + past
         limit = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
-        if isinstance(limit, int) and batch.shape[1] + offset > limit:
+        # The length of a static cache is a tensor, for which nothing waits here.
+        length = batch.shape[1] + (past if isinstance(past, int) else 0)
+        # Padding and packing take no positions: asked of the device only where it might be too many.
+        if isinstance(limit, int) and length + offset > limit and (last := int(positions.max()) + 1) + offset > limit:
             raise PemlError(
-                f"{type(self.model).__name__} has {limit} positions: a text of {batch.shape[1]} tokens and a prompt of "
-                f"{offset} do not fit"
+                f"{type(self.model).__name__} has {limit} positions: a text of {last} tokens and a prompt of {offset} "
+                "do not fit"
             )
         return kwargs | {"position_ids": positions + offset}
 
