@@ -171,8 +171,8 @@ LIMITS = [
     "",
     "Also:",
     "",
-    "- Packed rows need `use_cache=False` (Trainer's setting): with a cache, transformers itself does not tell the texts",
-    "  apart. Rows that pack several tasks are refused where there is a prefix per task.",
+    "- Packed rows need `use_cache=False` (Trainer's setting), and are refused without: with a cache, transformers itself",
+    "  does not tell the texts apart. Rows that pack several tasks are refused where there is a prefix per task.",
     "- Continuous batching serves the task of `select_task`, and shares no blocks between requests, because another task's",
     "  are others; `generate_batch(tasks=...)` is refused.",
     "- `set_attn_implementation` may be called at any time with `sdpa`, `eager`, `flex_attention` or `flash_attention_2`;",
@@ -186,5 +186,6 @@ LIMITS = [
     "- Prompts at the input (`PromptTuning`, `MultitaskPrompt`, `Attempt`) are tested on the same families, with the same",
     "  kinds of padding and generation. Refused: rotary positions that change with the length of the text (`dynamic`,",
     "  `longrope`), encoders that do not read embeddings as they read tokens, and rows of an encoder padded on the left.",
+    "  In layers with a sliding window they stay in sight, where a prepended prompt would not.",
     "  A prompt that is made from the text (`Attempt`) serves no packed rows and no cache other than that of `generate`.",
 ]

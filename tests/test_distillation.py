@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import peml
-from models import TASKS, adapt, tiny, tokens
+from models import IDS, TASKS, adapt, tiny, tokens
 from peml.methods import METHODS, Method
 from peml.tasks.encode import IGNORED
 from peml.training import Recipe, RunFolder
@@ -115,6 +116,38 @@ def test_the_teacher_stands_alone_and_only_inside_the_block() -> None:
     assert torch.equal(found, alone(input_ids=batch, tasks="rte").logits)
 
 
+def test_the_teacher_rests_and_padding_is_not_compared() -> None:
+    """Dropout in the student's training is none of the teacher's; what a padded token becomes is nobody's business."""
+    config = GPT2Config(vocab_size=67, n_embd=24, n_layer=2, n_head=2, n_positions=32, **{**IDS, "pad_token_id": 1})
+    model = adapt(GPT2LMHeadModel(config).double(), prompt=peml.MultitaskPrompt(3)).train()
+    teacher = peml.PromptTuning(3, per_task=True).build(model.base_model.model.prompt_host.shape, 3).double()
+    seen: list[bool] = []
+    model.base_model.model.transformer.register_forward_pre_hook(lambda module, args: seen.append(module.training))
+    learn = Distillation(model.base_model, teacher, 1.0, "last")
+    ids, mask = tokens(2, 5), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    inputs = {"input_ids": ids, "attention_mask": mask, "tasks": TASKS[:2], "output_hidden_states": True}
+    student = model(**inputs)
+    seen.clear()
+    found = learn(model, inputs, ids, student)["distil_hidden"]
+    assert seen and not any(seen) and model.training
+    with model.base_model.prompted_by(teacher), torch.no_grad():
+        wanted = model.eval()(**inputs).hidden_states[-1]
+    difference = (wanted - student.hidden_states[-1])[mask.bool()]
+    torch.testing.assert_close(found, difference.float().square().mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_terms_are_shared_out_over_accumulated_batches(tmp_path: Path) -> None:
+    """Half of a step's rows twice: the gradient of the whole is neither doubled nor halved."""
+    norms = []
+    for rows_, steps in ((4, 1), (2, 2)):
+        arguments = mpt(tmp_path).train | {"logging_steps": 1, "max_grad_norm": 1e9, "optim": "sgd"}
+        arguments |= {"per_device_train_batch_size": rows_, "gradient_accumulation_steps": steps}
+        regime = {"distillation_weight": 1000.0, "student": {"max_steps": 1}}
+        run = peml.train(mpt(tmp_path, train=arguments, regime=regime), tmp_path / f"run{steps}")
+        norms.append(json.loads((run.stages / "student" / "log.jsonl").read_text().splitlines()[0])["grad_norm"])
+    assert 0.7 < norms[0] / norms[1] < 1.4
+
+
 # The stages.
 
 
@@ -158,6 +191,7 @@ def test_the_stages_and_their_bill(tmp_path: Path) -> None:
     assert {"penalty/distil_logits", "penalty/distil_hidden"} <= set(log[0])
     assert json.loads(teachers.metrics.read_text())["learning_rates"]["prompt per task"] == 0.03
     assert list(json.loads(student.metrics.read_text())["after"]) == sources
+    assert "by: subset" in student.recipe.read_text() and "by: subset" not in teachers.recipe.read_text()
     # The finished run opens as any other: with its targets alone.
     bench, model = peml.training.open_run(run.path)
     assert list(bench.tasks) == ["third"] == model.peft_config["default"].task_names
@@ -192,6 +226,19 @@ def test_two_learning_rates(tmp_path: Path) -> None:
     assert student["learning_rates"] == {"prompt": 0.003, "prompt per task": 0.007}
     own = peml.train(mpt(tmp_path), tmp_path / "own").read_metrics()["learning_rates"]
     assert own["prompt per task"] == pytest.approx(own["prompt"] * 4 / 3)
+
+
+def test_stages_have_steps_and_rates_of_their_own(tmp_path: Path) -> None:
+    arguments = mpt(tmp_path).train | {"task_prompt_learning_rate": 0.4, "prompt_learning_rate": 0.003}
+    regime = {"teachers": {"num_train_epochs": 1}, "shots": 30}
+    whole = mpt(tmp_path, train=arguments, regime=regime)
+    tasks = [task.model_copy(update={"limit_train": 5}) for task in whole.tasks]
+    run = peml.train(whole.model_copy(update={"tasks": tasks}), tmp_path / "run")
+    teachers = json.loads((run.stages / "teachers" / "metrics.json").read_text())
+    batch = whole.train["per_device_train_batch_size"]
+    assert teachers["steps"] == math.ceil(10 / batch)  # two sources of five rows, once
+    assert teachers["learning_rates"] == {"prompt per task": 0.003}
+    assert run.read_metrics()["data"]["rows"]["third"][0] == 5  # the task's own limit is the lower one
 
 
 def test_without_distillation_there_are_no_teachers(tmp_path: Path) -> None:
@@ -235,8 +282,11 @@ def test_an_interrupted_run_goes_on_in_its_stage(tmp_path: Path, monkeypatch: py
         trained(model, folder)
 
     monkeypatch.setattr(peml.training.run, "_save", save)
+    bench = peml.training.workbench.prepare(mpt(tmp_path))
     with pytest.raises(Killed):
-        peml.train(mpt(tmp_path), tmp_path / "parts")
+        peml.train(mpt(tmp_path), tmp_path / "parts", workbench=bench)
+    # The caller's model is as plain as it was.
+    assert not hasattr(bench.model, "prompt_host") and "peml" not in bench.model.config._attn_implementation
     monkeypatch.setattr(peml.training.run, "_save", trained)
     with pytest.raises(peml.PemlError, match="already holds files"):
         peml.train(mpt(tmp_path), tmp_path / "parts")
@@ -267,6 +317,8 @@ def test_an_interrupted_run_goes_on_in_its_stage(tmp_path: Path, monkeypatch: py
         ({"regime": {"kappa": 1}}, "regime: unknown key kappa"),
         ({"regime": {"teachers": {"max_step": 1}}}, r"regime.teachers.max_step is not a training argument; did you"),
         ({"regime": {"name": "serial"}}, "regime.name must be one of joint, distil_then_adapt"),
+        ({"regime": {"student": {"dtype": "bfloat16"}}}, "regime.student.dtype cannot differ from the recipe"),
+        ({"regime": {"hidden_layers": True}}, "regime: hidden_layers"),
         ({"mixing": {"by": "subset", "cap": 3}}, "by: subset` draws the tasks of each batch"),
         ({"method": "lora", "set": {}, "regime": {"name": "distil_then_adapt"}}, "method 'lora' has neither"),
     ],

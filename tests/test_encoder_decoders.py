@@ -244,6 +244,18 @@ def test_prompts_at_the_input_that_are_refused() -> None:
     ids = texts()[0][None]
     with pytest.raises(PemlError, match="outside its model's forward"):
         base_of(model).get_encoder()(input_ids=ids)
+    read = base_of(model).get_encoder()
+    with model.disable_adapter():
+        bare = read(input_ids=ids)
+    for mask in ({}, {"attention_mask": torch.ones_like(ids)}):
+        with pytest.raises(PemlError, match="puts a prompt of 2 before the text"):
+            model(encoder_outputs=bare, decoder_input_ids=ids, **mask)
+        with pytest.raises(PemlError, match="puts a prompt of 2 before the text"):
+            model.generate(encoder_outputs=bare, max_new_tokens=2, **mask)
+    mask = {"attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
+    whole = model(input_ids=ids, **mask)
+    again = model(encoder_outputs=(whole.encoder_last_hidden_state,), **mask)
+    close(again.logits, whole.logits)
     with pytest.raises(PemlError, match="mask of rows x tokens"):
         model(input_ids=ids, attention_mask=torch.ones(1, 1, 4, 4), decoder_input_ids=ids)
 

@@ -274,8 +274,12 @@ def test_what_cannot_be_routed_is_refused(tmp_path) -> None:
         multi_task(tmp_path, model, bare)
     with pytest.raises(PemlError, match="unknown task 'shape' in column 'task'; this adapter has size, color"):
         multi_task(tmp_path, model, [*rows, {**rows[0], "task": "shape"}])
-    with pytest.raises(PemlError, match="a prefix per task cannot serve rows that pack"):
-        multi_task(tmp_path, model, rows, packing=True)
+    through_tasks = adapted(tuple(TASKS), adapter=peml.MTLLoRA(r=2), prompt=peml.PromptTuning(2))
+    for differing in (model, through_tasks):
+        with pytest.raises(PemlError, match="a prompt that differs by task, .* cannot serve rows that pack"):
+            multi_task(tmp_path, differing, rows, packing=True)
+    with pytest.raises(PemlError, match="Attempt makes its prompt from the text before the answer"):
+        multi_task(tmp_path, adapted(tuple(TASKS), prompt=peml.Attempt(2, num_sources=1)), rows)
     with pytest.raises(PemlError, match="'wrapped' lets texts of different tasks see each other"):
         multi_task(tmp_path, adapted(tuple(TASKS), **SHARED), rows, packing=True, packing_strategy="wrapped")
     with pytest.raises(PemlError, match="needs a PEML adapter"):

@@ -12,6 +12,9 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    ElectraConfig,
+    ElectraForPreTraining,
+    ModernBertForSequenceClassification,
     PreTrainedModel,
 )
 
@@ -118,6 +121,67 @@ def test_continuous_batching(family: str) -> None:
             assert found == model.generate(row[None], **settings)[0, len(row) :].tolist()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@torch.no_grad()
+def test_steps_through_a_cache_go_on_where_the_text_was(family: str) -> None:
+    """Without mask and positions, which models count by themselves."""
+    model, row = families.made(family, "sdpa", "soft, per task"), torch.randint(4, 60, (2, 7))
+    whole = model(input_ids=row, tasks=["cola", "rte"]).logits
+    cache, parts = None, []
+    for span in (slice(0, 4), slice(4, 5), slice(5, 7)):
+        out = model(input_ids=row[:, span], past_key_values=cache, use_cache=True, tasks=["cola", "rte"])
+        cache = out.past_key_values
+        parts.append(out.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
+
+
+def test_the_prompt_is_run_without_the_mask_of_the_text() -> None:
+    """Align-LoRA averages over tokens that are no padding: of the text, in whatever length."""
+    model = adapt(tiny(), peml.LoRA(r=2, align="kl"), peml.PromptTuning(3)).train()
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    model(input_ids=tokens(2, 5), attention_mask=mask, tasks=["rte", "cola"]).logits.sum().backward()
+    assert model.base_model.penalties()["align"].isfinite()
+    # One loss per layer: the run of the prompt, whose tokens are of no task, has none.
+    assert len(model.base_model._feature_losses) == len(model.base_model._banks())
+
+
+def test_reentrant_checkpointing_is_refused_by_name() -> None:
+    model = adapt(tiny(), prompt=peml.PromptTuning(3)).train()
+    model.base_model.model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(peml.PemlError, match="use_reentrant"):
+        model(input_ids=tokens(2, 4)).logits.sum().backward()
+
+
+def test_rows_are_not_routed_by_adapter_names() -> None:
+    """PEFT would drop the argument, and every row would go through the active adapter."""
+    model = adapt(tiny(), prompt=peml.PromptTuning(3))
+    model.add_adapter("other", peml.PemlConfig(task_names=TASKS, prompt=peml.PromptTuning(3)))
+    for call in (model, model.generate):
+        with pytest.raises(peml.PemlError, match="adapter_names= routes no PEML adapter"):
+            call(input_ids=tokens(2, 4), adapter_names=["other", "default"])
+
+
+def test_another_models_layers_do_not_take_the_prefix() -> None:
+    first, second = (adapt(tiny(), prompt=peml.PrefixTuning(2)) for _ in range(2))
+    inner = second.base_model.model.model
+
+    def call(module, args, kwargs):
+        inner(input_ids=tokens(1, 3))
+
+    first.base_model.model.model.register_forward_pre_hook(call, with_kwargs=True)
+    with pytest.raises(peml.PemlError, match="outside its model's forward"):
+        first(input_ids=tokens(2, 4))
+
+
+@pytest.mark.parametrize("prompt", [peml.PromptTuning(2), peml.PrefixTuning(2)], ids=lambda p: type(p).__name__)
+@torch.no_grad()
+def test_packed_rows_want_no_cache(prompt: peml.prompts.PromptConfig) -> None:
+    model, positions = adapt(tiny(), prompt=prompt), torch.tensor([[0, 1, 2, 0, 1]])
+    with pytest.raises(peml.PemlError, match="while it fills a cache: pass use_cache=False"):
+        model(input_ids=tokens(1, 5), position_ids=positions)
+    model(input_ids=tokens(1, 5), position_ids=positions, use_cache=False)
+
+
 # Where they begin.
 
 
@@ -169,6 +233,19 @@ def test_a_further_task_begins_at_words() -> None:
     model.base_model.add_task("wnli")
     vocabulary, tokens_of = model.get_input_embeddings().weight, model.base_model.prompt.tokens
     assert tokens_of.shape[0] == 4 and all((vocabulary == token).all(-1).any() for token in tokens_of[3])
+
+
+def test_words_are_those_of_the_base_model() -> None:
+    """An adapter that is there already has no say in keys and values of words."""
+    base = tiny()
+    found = []
+    for adapter in (None, peml.LoRA(r=2)):
+        model = adapt(copy.deepcopy(base), adapter, peml.PrefixTuning(2))
+        torch.manual_seed(4)
+        prompt = peml.MultitaskPrompt(3, deep=True)
+        model.add_adapter("deep", peml.PemlConfig(task_names=TASKS, prompt=prompt))
+        found.append(model.base_model.model.prompt_host.peml_prompt["deep"].shared["1"].detach())
+    assert torch.equal(*found) and found[0].abs().max() > 0.1
 
 
 def test_factors_begin_near_one() -> None:
@@ -243,6 +320,11 @@ def test_what_cannot_be_read_is_refused() -> None:
     with pytest.raises(peml.PemlError, match="some token to read in every row"):
         model(input_ids=batch, tasks="rte", input_mask=torch.zeros(2, 4))
     cache = model(input_ids=batch, tasks="rte", input_mask=torch.ones(2, 4), use_cache=True).past_key_values
+    padded = batch.clone()
+    padded[0, :2] = 1
+    with pytest.raises(peml.PemlError, match="holds padding: pass attention_mask="):
+        model.generate(padded, tasks="rte", max_new_tokens=1)
+    model(input_ids=batch, tasks="rte", input_mask=[[1] * 4] * 2)
     with pytest.raises(peml.PemlError, match="call generate"):
         model(input_ids=batch[:, :1], tasks="rte", past_key_values=cache, input_mask=torch.ones(2, 1))
     with pytest.raises(peml.PemlError, match="several texts"):
@@ -290,16 +372,36 @@ def test_outputs_of_an_encoder_are_as_if_there_were_no_prompt() -> None:
     wanted = torch.nn.functional.cross_entropy(out.logits.view(-1, 2), labels.view(-1))
     torch.testing.assert_close(out.loss, wanted)
     answers = adapt(BertForQuestionAnswering(fresh()).double(), **adapter)
-    starts, ends = torch.tensor([0, 2]), torch.tensor([1, 5])
-    out = answers(input_ids=batch, start_positions=starts, end_positions=ends)
+    out = answers(input_ids=batch)
     assert out.start_logits.shape == out.end_logits.shape == (2, 6)
-    out.loss.backward()
+    assert all(part.shape == (2, 6) for part in answers(input_ids=batch, return_dict=False))
+    with pytest.raises(peml.PemlError, match="leave out start_positions="):
+        answers(input_ids=batch, start_positions=torch.tensor([0, 2]), end_positions=torch.tensor([1, 5]))
+    replaced = ElectraConfig(
+        vocab_size=67, embedding_size=24, hidden_size=24, num_hidden_layers=1, num_attention_heads=3
+    )
+    assert adapt(ElectraForPreTraining(replaced).double(), **adapter)(input_ids=batch).logits.shape == (2, 6)
+    pooling = ModernBertForSequenceClassification(zoo.FAMILIES["modernbert"].config())
+    pooling.config.classifier_pooling = "mean"
+    with pytest.raises(peml.PemlError, match="it would pool the soft tokens too"):
+        adapt(pooling.double(), **adapter)
     rows = adapt(BertForSequenceClassification(fresh()).double(), **adapter)
     one, other = (rows(input_ids=ids).logits for ids in (batch, batch.flip(1)))
     assert one.shape == (2, 2) and not torch.allclose(one, other)
     assert isinstance(rows(input_ids=batch, return_dict=False)[0], Tensor)
     base = adapt(tiny("bert"), prompt=peml.PromptTuning(3))
     assert base(input_ids=batch, return_dict=False)[0].shape[1] == 6
+    # A type per token: soft tokens have the first one's.
+    types = torch.tensor([[1, 0, 0, 1, 1, 1]] * 2)
+    plain, prompt = base.base_model.model, base.base_model.prompt.tokens
+    found = base(input_ids=batch, token_type_ids=types).logits
+    text = plain.get_input_embeddings()(batch)
+    with base.disable_adapter():
+        whole = plain(
+            inputs_embeds=torch.cat([text[:, :1], prompt.expand(2, -1, -1), text[:, 1:]], dim=1),
+            token_type_ids=torch.cat([types[:, :1].expand(-1, 4), types[:, 1:]], dim=1),
+        ).logits
+    torch.testing.assert_close(found, torch.cat([whole[:, :1], whole[:, 4:]], dim=1), rtol=1e-9, atol=1e-9)
 
 
 def test_encoders_refuse_what_would_be_wrong() -> None:

@@ -19,7 +19,7 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values, initialize_kv_prefix_from_text
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     CohereConfig,
@@ -467,6 +467,48 @@ def test_adapters_that_cannot_be_taken_over(tmp_path: Path) -> None:
         from_peft(tiny("bert"), tokens_of, ["a"])
     with pytest.raises(PemlError, match="base must be a plain transformers model, not PeftModel"):
         from_peft(adapt(tiny(), peml.LoRA(r=2)), two, ["a"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prefix_task_cols": (3, 1, 1)}, r"prefix_task_cols is \[3, 1, 1\], not \(3, 4, 1\)"),
+        ({"prefix_task_rows": (1, 1, 24)}, r"prefix_task_rows is \[1, 1, 24\], not \(3, 1, 24\)"),
+        ({"prefix_task_cols": (3, 4)}, "prefix_task_cols is"),
+        ({"prompt_embeddings": (96,)}, "prompt_embeddings is .*, not tokens x numbers"),
+        ({"prompt_embeddings": None}, "prompt_embeddings does not hold finite numbers"),
+    ],
+)
+def test_weights_are_not_made_to_fit(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Broadcasting would give every token, or every task, the same factors."""
+    to_peft_prompt(adapt(tiny(), prompt=peml.MultitaskPrompt(4)), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key, shape in changes.items():
+        tensors[key] = torch.full_like(tensors[key], torch.nan) if shape is None else torch.ones(shape)
+    save_file(tensors, file)
+    with pytest.raises(PemlError, match=message):
+        from_peft(tiny(), tmp_path, TASKS)
+
+
+def test_what_is_no_adapter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapt(tiny(), prompt=peml.PrefixTuning(2))
+    for text in ("", "[]", "{}", '{"peft_type": "FOO"}'):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(PemlError, match="is no configuration of PEFT|is of type"):
+            from_peft(tiny(), tmp_path, ["a"])
+    with pytest.raises(PemlError, match="source must be a folder or a PeftModel, not NoneType"):
+        from_peft(tiny(), None, ["a"])
+    with pytest.raises(PemlError, match="must be a list of names, not the text 'abc'"):
+        from_peft(tiny(), tmp_path, "abc")
+    with model.disable_adapter(), pytest.raises(PemlError, match="switched off here"):
+        to_peft_prompt(model, tmp_path / "off")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert to_peft_prompt(model, "~/stock") == tmp_path / "stock" and (tmp_path / "stock").is_dir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    to_peft_prompt(model, ".")
+    assert (tmp_path / "here" / "adapter_config.json").is_file()
 
 
 def test_keys_that_turn_in_a_way_of_their_own_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

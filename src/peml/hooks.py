@@ -85,9 +85,12 @@ class ForwardHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Take `tasks=` from the call and open its `Forward`, unless `generate` has opened one around it."""
         tasks, input_mask = kwargs.pop("tasks", None), kwargs.pop("input_mask", None)
+        input_mask = None if input_mask is None else torch.as_tensor(input_mask)
         # Before anything is computed: soft tokens are run through the attention as well.
         attention.engage(module)
         forward, rows = routing.surrounding(module, self.opener.adapter_in_force), self._rows(args, kwargs)
+        # Steps of `generate`, which has called the encoder itself.
+        within = tasks is None and forward is not None and forward.prefix is not None
         if tasks is not None or forward is None or forward.prefix is None:
             forward = self.opener.open_forward(
                 tasks, rows, self._mask(args, kwargs), self._text(args, kwargs, input_mask)
@@ -97,6 +100,8 @@ class ForwardHooks:
             args, kwargs = (), dict(zip(self.arguments, args, strict=False)) | kwargs
             lengths += tuple(length + forward.front.shape[1] for length in lengths)
             if self._encodes_first():
+                if not within:
+                    attention.check_outputs(kwargs, forward.front.shape[1])
                 kwargs = attention.widened(kwargs, forward.front.shape[1])
             else:
                 kwargs = attention.lengthened(self.model, kwargs, forward.front)
@@ -127,7 +132,8 @@ class ForwardHooks:
         if forward is not None and forward.model is module and output is not None:
             self.opener.close_forward(forward)
             if forward.front is not None and not self._encodes_first():
-                output = attention.shortened(output, kwargs["inputs_embeds"].shape[1], forward.front.shape[1])
+                length, classes = kwargs["inputs_embeds"].shape[1], getattr(self.model.config, "num_labels", None)
+                output = attention.shortened(output, length, forward.front.shape[1], classes)
         routing.leave(module)
         return output
 
@@ -137,6 +143,8 @@ class ForwardHooks:
         attention.engage(self.model)
         with torch.no_grad():
             forward = self.opener.open_forward(tasks, self._rows(args, kwargs), text=self._prompted(args, kwargs))
+        if forward.front is not None:
+            attention.check_outputs(kwargs, forward.front.shape[1])
         with routing.opened(replace(forward, prefix=forward.prefix or {}, prepared={})):
             return self.originals["generate"](*args, **kwargs)
 
@@ -180,7 +188,8 @@ class ForwardHooks:
     def _check_packing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse texts packed into one row where the model would let them see each other."""
         positions, reads = self._argument("position_ids", args, kwargs), self.opener.reads_input()
-        if (attention.packs(self.model) and not reads) or not isinstance(positions, Tensor):
+        packs = attention.packs(self.model)
+        if not isinstance(positions, Tensor) or (packs and not reads and not self._caches(args, kwargs)):
             return
         others = () if self._encodes_first() else ("attention_mask", "past_key_values")
         if any(self._argument(name, args, kwargs) is not None for name in others):
@@ -190,11 +199,25 @@ class ForwardHooks:
                 raise PemlError(
                     "a prompt made from the text cannot serve rows that pack several texts: give each a row of its own"
                 )
+            if packs:
+                raise PemlError(
+                    f"{type(self.model).__name__} does not keep texts apart that are packed into one row (positions "
+                    "that start again) while it fills a cache: pass use_cache=False"
+                )
             instead = "" if self._encodes_first() else ", or pass a 4D attention_mask"
             raise PemlError(
                 f"{type(self.model).__name__} does not keep texts apart that are packed into one row (positions that "
                 f"start again): give each text a row of its own, padded{instead}"
             )
+
+    def _caches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the model will make a cache, as decoders do by default, but not while they checkpoint."""
+        wanted = self._argument("use_cache", args, kwargs)
+        wanted = getattr(getattr(self.model, "config", None), "use_cache", False) if wanted is None else wanted
+        if not wanted or not self.opener.counts_positions():
+            return False
+        checkpoints = any(getattr(part, "gradient_checkpointing", False) for part in self.model.modules())
+        return not (self.model.training and checkpoints)
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the caller gives for a parameter of the model's `forward`, by name or by position."""
@@ -249,6 +272,9 @@ class ForwardHooks:
         text = self._text(args, kwargs, mask if given is None else given)
         if text is None or text[1] is not None:
             return text
+        pad = getattr(getattr(self.model, "generation_config", None), "pad_token_id", None)
+        if self.opener.reads_input() and isinstance(pad, int) and bool((text[0] == pad).any()):
+            raise PemlError("this adapter's prompt is made from the text, which holds padding: pass attention_mask=")
         return text[0], torch.ones(text[0].shape[:2], device=text[0].device)
 
     def _moved(self, args: tuple[Any, ...], kwargs: dict[str, Any], offset: int) -> dict[str, Any]:

@@ -194,6 +194,16 @@ class PemlModel(Merging, Growing):
         with routing.opened(Forward(self._route(tasks), model=self.model, adapter=self.adapter_in_force)):
             yield
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's, which drops `adapter_names` afterwards: rows would go through the active adapter without a word."""
+        if kwargs.get("adapter_names") is not None:
+            raise PemlError(
+                "adapter_names= routes no PEML adapter: tasks= tells rows apart within one, and set_adapter() chooses "
+                "among several"
+            )
+        yield
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the model; `tasks=` as in `forward`."""
         return self.model.generate(*args, **kwargs)

@@ -6,7 +6,7 @@ the open `Forward` in front of the layer's keys and values and calls the origina
 real tokens keep their positions, and gradient checkpointing, packing, static caches and beams work as without it.
 """
 
-from peml.attention.front import fronted, lengthened, shortened, widened
+from peml.attention.front import check_outputs, fronted, lengthened, shortened, widened
 from peml.attention.host import PromptHost, evaluating, install, uninstall
 from peml.attention.soft import changing_rope, check_soft, check_words, is_rotary, takes_embeddings
 from peml.attention.switch import check_paging, engage, hosts_prompts, named_for_paging, packs
@@ -17,6 +17,7 @@ __all__ = [
     "PromptHost",
     "attend",
     "changing_rope",
+    "check_outputs",
     "check_paging",
     "check_soft",
     "check_words",

@@ -1,6 +1,6 @@
 """Soft tokens in an encoder: there they see the text, so they go through the model with it, row by row.
 
-They stand behind the first token, which classifiers read, and the outputs are as if they were not there. The encoder of
+They stand behind the first token, which classifiers read, and outputs by token are given without them. The encoder of
 an encoder-decoder model has them in front of the text, and the decoder attends to what becomes of them.
 
 Letters: `P` soft tokens, `S` tokens of the text, `E` width of the input embeddings, `B` rows.
@@ -54,9 +54,11 @@ def lengthened(model: nn.Module, call: dict[str, Any], front: Tensor) -> dict[st
     labels = call.get("labels")
     if isinstance(labels, Tensor) and labels.shape == (rows, length) and not labels.is_floating_point():
         call["labels"] = _insert(labels, labels.new_full((rows, p), IGNORED))
-    for key in ("start_positions", "end_positions"):
-        if isinstance(positions := call.get(key), Tensor):
-            call[key] = torch.where(positions > 0, positions + p, positions)
+    if call.get("start_positions") is not None or call.get("end_positions") is not None:
+        raise PemlError(
+            f"{name} with a prompt at its input would count the soft tokens among the answers: leave out "
+            "start_positions= and end_positions=, and compute the loss from the logits"
+        )
     if "position_ids" in inspect.signature(type(model).forward).parameters:
         given = call.get("position_ids")
         text = torch.arange(length, device=embedded.device)[None] if given is None else given
@@ -83,6 +85,23 @@ def fronted(encoder: nn.Module, call: dict[str, Any], front: Tensor) -> dict[str
     return call | {"inputs_embeds": torch.cat([front, embedded], dim=1)}
 
 
+def check_outputs(call: dict[str, Any], num_tokens: int) -> None:
+    """Refuse outputs of an encoder that has not read the soft tokens.
+
+    Raises:
+        PemlError: the caller gives such outputs, or no mask to tell.
+    """
+    mask, outputs = call.get("attention_mask"), call.get("encoder_outputs")
+    if outputs is None:
+        return
+    read = outputs[0].shape[1]
+    if not isinstance(mask, Tensor) or mask.shape[-1] + num_tokens != read:
+        raise PemlError(
+            f"encoder_outputs= has {read} tokens, and this adapter puts a prompt of {num_tokens} before the text: give "
+            "outputs that its own encoder made in a call with the prompt, and the attention_mask of the text"
+        )
+
+
 def widened(call: dict[str, Any], num_tokens: int) -> dict[str, Any]:
     """The arguments of a call with soft tokens visible in the mask of the text.
 
@@ -107,20 +126,22 @@ def _insert(text: Tensor, front: Tensor) -> Tensor:
     return torch.cat([text[:, :1], front.expand(text.shape[0], *front.shape[1:]), text[:, 1:]], dim=1)
 
 
-def shortened(output: Any, length: int, num_tokens: int) -> Any:
+def shortened(output: Any, length: int, num_tokens: int, num_labels: int | None = None) -> Any:
     """Outputs without the soft tokens: whatever has a place per token.
 
     Args:
         output: of the model, `ModelOutput` or tuple.
         length: S + P.
         num_tokens: P.
+        num_labels: of a classifier.
     """
 
     def cut(value: Any, name: str = "") -> Any:
         if isinstance(value, tuple) and name != "attentions":
             return tuple(cut(part) for part in value)
-        by_token = isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == length
-        if by_token and (value.ndim == 3 or name in ("start_logits", "end_logits")):
+        by_token = isinstance(value, Tensor) and value.ndim in (2, 3) and value.shape[1] == length
+        # As many classes as tokens: scores of a classifier.
+        if by_token and (value.ndim == 3 or length != num_labels or name in ("start_logits", "end_logits")):
             return torch.cat([value[:, :1], value[:, 1 + num_tokens :]], dim=1)
         return value
 

@@ -38,6 +38,8 @@ def check_soft(model: nn.Module, host: PromptHost) -> None:
     name, instead = type(model).__name__, "use PrefixTuning, or MultitaskPrompt with deep=True"
     if sees_ahead(model, host):
         # The soft tokens go through it with the text.
+        if getattr(model.config, "classifier_pooling", None) == "mean" and hasattr(model, "classifier"):
+            raise PemlError(f"{name} cannot take a prompt at its input: it would pool the soft tokens too; {instead}")
         if not takes_embeddings(model):
             raise PemlError(
                 f"{name} cannot take a prompt at its input: it does not read embeddings as it reads tokens; {instead}"

@@ -176,8 +176,10 @@ def _prefix_of(module: nn.Module) -> LayerPrefix | None:
     if slot is None or slot[1].active() is None:
         return None
     forward = routing.current()
-    # A block that only routes has computed no prefix: the model's own forward would have.
-    if forward is None or forward.prefix is None:
+    # A block that only routes has computed no prefix: the model's own forward would have. And another model's, in
+    # whose forward this one is called, is not for here.
+    elsewhere = forward is not None and getattr(forward.model, "prompt_host", slot[1]) is not slot[1]
+    if forward is None or forward.prefix is None or elsewhere:
         raise PemlError(
             "a layer with a learned prefix was called outside its model's forward, where the prefix would be lost: "
             "call the adapted model itself"

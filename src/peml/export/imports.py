@@ -31,9 +31,9 @@ def from_peft(
         K = R(-P) K', V = V'      of PREFIX_TUNING and CARTRIDGE: the inverse of what `to_peft_prompt` does
 
     PREFIX_TUNING and CARTRIDGE become `PrefixTuning`, PROMPT_TUNING becomes `PromptTuning`, MULTITASK_PROMPT_TUNING
-    becomes `MultitaskPrompt`; logits are those of PEFT, to rounding, while no
-    sliding window hides its prefix. PEFT saves of a projected prefix the table alone, and so it is a table here. Tokens
-    that a CARTRIDGE froze are trained like the others.
+    becomes `MultitaskPrompt`; logits are those of PEFT, to rounding, while no sliding window hides its prefix. Of a
+    projected prefix PEFT saves the table alone, and so it is a table here. Tokens that a CARTRIDGE froze are trained
+    like the others.
 
     Args:
         base: the plain model that the adapter was trained on; a model of `source` no longer serves that afterwards.
@@ -47,6 +47,8 @@ def from_peft(
     """
     if not isinstance(base, PreTrainedModel):
         raise PemlError(f"base must be a plain transformers model, not {type(base).__name__}")
+    if isinstance(task_names, str):
+        raise PemlError(f"task_names must be a list of names, not the text {task_names!r}")
     if isinstance(source, Mapping):
         if task_names:
             raise PemlError("one source per task names the tasks already: leave out task_names=")

@@ -58,6 +58,9 @@ def to_peft_prompt(
     config = tuner.config_in_force if isinstance(tuner, PemlModel) else None
     if config is None:
         raise PemlError("there is no PEML adapter to export: give the model that get_peft_model returned")
+    host = getattr(getattr(tuner, "model", None), "prompt_host", None)
+    if host is not None and host.active() is None and config.prompt is not None:
+        raise PemlError("the adapter is switched off here: export it outside disable_adapter()")
     assert isinstance(tuner, PemlModel)
     kind = _checked(tuner, config, task, kind, prompt_only)
     present = None if task is None else Route.of(task, config.task_names).present
@@ -71,7 +74,7 @@ def to_peft_prompt(
         write_stock(
             folder, kind, {"prompt_embeddings": flat(layers)}, base, num_attention_heads=heads, **shape, **frozen
         )
-        return Path(folder)
+        return Path(folder).expanduser()
     tensors, settings = {}, {}
     if kind == "multitask_prompt_tuning":
         tensors = {"prefix_task_cols": prompt.by_token, "prefix_task_rows": prompt.by_feature}
@@ -82,7 +85,7 @@ def to_peft_prompt(
     p, width = tokens.shape
     tensors = {"prompt_embeddings": tokens, **tensors}
     write_stock(folder, kind, tensors, base, num_virtual_tokens=p, token_dim=width, **settings)
-    return Path(folder)
+    return Path(folder).expanduser()
 
 
 def flat(layers: Sequence[LayerPrefix]) -> Tensor:

@@ -65,12 +65,19 @@ def read_stock(source: Source) -> Stock:
         adapter = source.active_adapter
         name, config = f"adapter {adapter!r}", source.peft_config[adapter]
         tensors = {} if _kind(config) is None else get_peft_model_state_dict(source, adapter_name=adapter)
+    elif not isinstance(source, str | Path):
+        raise PemlError(f"source must be a folder or a PeftModel, not {type(source).__name__}")
     else:
-        folder = Path(source)
+        folder = Path(source).expanduser()
         name = str(folder)
         if not (folder / "adapter_config.json").is_file():
             raise PemlError(f"{folder} has no adapter_config.json: give the folder of a PEFT adapter")
-        config = PeftConfig.from_pretrained(name)
+        try:
+            config = PeftConfig.from_pretrained(name)
+        except Exception as error:  # an edited file fails anywhere in PEFT
+            raise PemlError(
+                f"{folder / 'adapter_config.json'} is no configuration of PEFT ({error!r}): copy the adapter again"
+            ) from None
         tensors = _weights(folder) if _kind(config) is not None else {}
     kind = _kind(config)
     if kind is None:
@@ -84,7 +91,29 @@ def read_stock(source: Source) -> Stock:
         wanted |= {"prefix_task_cols", "prefix_task_rows"}
     if tensors.keys() != wanted:
         raise PemlError(f"{name} holds {', '.join(sorted(tensors)) or 'nothing'}, not {', '.join(sorted(wanted))}")
+    _check_tensors(tensors, name)
     return Stock(kind, config, {key: tensor.detach().clone() for key, tensor in tensors.items()}, name)
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Refuse weights that would only fit by being broadcast, or that are no numbers.
+
+    Raises:
+        PemlError: naming the tensor and its shape.
+    """
+    table = tensors["prompt_embeddings"]
+    shapes: dict[str, object] = {"prompt_embeddings": table.shape if table.ndim == 2 else "tokens x numbers"}
+    if "prefix_task_cols" in tensors and table.ndim == 2:
+        columns = tensors["prefix_task_cols"]
+        tasks, ranks = (columns.shape[0], columns.shape[-1]) if columns.ndim == 3 else (0, 0)
+        shapes["prefix_task_cols"] = (tasks, table.shape[0], ranks)
+        shapes["prefix_task_rows"] = (tasks, ranks, table.shape[1])
+    for key, wanted in shapes.items():
+        tensor = tensors[key]
+        if tensor.shape != wanted:
+            raise PemlError(f"{name}: {key} is {list(tensor.shape)}, not {wanted}: copy or save the adapter again")
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise PemlError(f"{name}: {key} does not hold finite numbers: copy or save the adapter again")
 
 
 def _type(config: PeftConfig) -> str:
@@ -114,7 +143,7 @@ def write_stock(
     Raises:
         PemlError: the folder is not empty, or cannot be made.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PemlError(f"{folder} already holds something: give a folder that is new or empty")
     config = KINDS[kind](

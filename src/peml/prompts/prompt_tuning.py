@@ -19,8 +19,9 @@ class PromptTuning(WordPromptConfig):
         model([Q; embed(x)]), with Q free parameters
 
     Paper: Lester et al. 2021, arXiv:2104.08691, section 2.
-    Computed otherwise, with the same result in causal models: the model runs over Q alone, once per step and task, and
-    its keys and values are a prefix; text does not get longer, nor do the logits.
+    Computed otherwise, with the same result in causal models of full attention: the model runs over Q alone, once per
+    step and task, and its keys and values are a prefix; text does not get longer, nor do the logits. In layers with a
+    sliding window Q stays in sight, as a prefix does, where a prepended prompt would not.
     Init: words of the vocabulary, as in the paper.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from peft import PeftModel
 from rich.console import Console
 from torch import Tensor
 
-from peml.attached import HOST
+from peml.attached import HOOKS, HOST
 from peml.prompts import Attempt, MultitaskPrompt, Prompt
 from peml.training.data import TaskRows
 from peml.training.distillation import Distillation
@@ -90,7 +90,14 @@ def distil_then_adapt(
         run = folder if last else RunFolder(folder.stages / name)
         if last or not run.finished:
             stage = Stage(name, begins[name], lambda model: model.unload(), {"stages": bill} if last else {})
-            train(stages[name], run.path, resume=run.is_run, console=console, workbench=bench, stage=stage)
+            try:
+                train(stages[name], run.path, resume=run.is_run, console=console, workbench=bench, stage=stage)
+            except BaseException:
+                # The base model is the caller's, and was plain.
+                hooks = bench.model.__dict__.get(HOOKS)
+                if hooks is not None:
+                    hooks.opener.unload()
+                raise
         bill[name] = _cost(run)
     return folder
 
@@ -110,9 +117,10 @@ def _recipes(recipe: Recipe, how: DistilThenAdapt) -> dict[str, Recipe]:
             "prompt.prompt_tuning_init_text": prompt.prompt_tuning_init_text,
             "prompt.tokenizer_name_or_path": prompt.tokenizer_name_or_path,
         }
-        train_of = {**recipe.train, **how.teachers}
+        # Their prompts are whole, not factors of one: the rate of those is none of theirs.
+        common = {key: value for key, value in recipe.train.items() if key != "task_prompt_learning_rate"}
         stages["teachers"] = recipe.stage(
-            sources, method="prompt-tuning", set=teacher, train=train_of, evaluate_before=False
+            sources, method="prompt-tuning", set=teacher, train=_train(common, how.teachers), evaluate_before=False
         )
     if isinstance(prompt, Attempt):
         return stages | {"targets": recipe}
@@ -121,11 +129,18 @@ def _recipes(recipe: Recipe, how: DistilThenAdapt) -> dict[str, Recipe]:
         sources,
         method="mpt",
         set=own,
-        train={**recipe.train, **how.student},
+        train=_train(recipe.train, how.student),
         mixing=MixingSection(by="subset"),
         evaluate_before=False,
     )
     return stages | {"targets": recipe}
+
+
+def _train(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`train` of a stage; epochs of its own replace the recipe's steps."""
+    if "num_train_epochs" in own and "max_steps" not in own:
+        common = {key: value for key, value in common.items() if key != "max_steps"}
+    return {**common, **own}
 
 
 def _taught(model: PeftModel, how: DistilThenAdapt, teachers: RunFolder) -> Distillation:

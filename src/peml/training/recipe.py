@@ -130,9 +130,8 @@ class Recipe(Section):
         if not isinstance(how, DistilThenAdapt):
             return tasks
         targets = how.target_names([task.name for task in tasks])
-        limit = {} if how.shots is None else {"limit_train": how.shots}
         return [
-            dataclasses.replace(task, source=dataclasses.replace(task.source, **limit))
+            dataclasses.replace(task, source=dataclasses.replace(task.source, limit_train=_least(how.shots, task)))
             for task in tasks
             if task.name in targets
         ]
@@ -197,6 +196,12 @@ class Recipe(Section):
         if "num_train_epochs" in self.train and "max_steps" not in self.train:
             del full["train"]["max_steps"]
         return RESOLVED + yaml.safe_dump(full, sort_keys=False, allow_unicode=True)
+
+
+def _least(shots: int | None, task: Task) -> int | None:
+    """Training rows of a target: no more than either limit allows."""
+    limits = [limit for limit in (shots, task.source.limit_train) if limit is not None]
+    return min(limits, default=None)
 
 
 def _absolute(path: str) -> str:

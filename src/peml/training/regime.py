@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, StrictInt, ValidationError
 
 from peml.errors import PemlError
 from peml.training.arguments import checked
@@ -34,7 +34,7 @@ class DistilThenAdapt(Section):
     sources: list[str] | None = None
     targets: list[str] | None = None
     distillation_weight: float = Field(0.9, ge=0)
-    hidden_layers: Literal["all", "last"] | int = "all"
+    hidden_layers: Literal["all", "last"] | StrictInt = "all"
     shots: int | None = Field(None, gt=0)
     teachers: dict[str, Any] = Field(default_factory=dict)
     student: dict[str, Any] = Field(default_factory=dict)
@@ -91,6 +91,9 @@ def read_regime(raw: Any, default: str) -> Joint | DistilThenAdapt:
     kind = REGIMES[settings["name"]]
     for stage in ("teachers", "student"):
         if isinstance(settings.get(stage), dict):
+            for key in settings[stage]:
+                if key in ("dtype", "attn_implementation", "output_dir"):
+                    raise PemlError(f"regime.{stage}.{key} cannot differ from the recipe: set train.{key}")
             try:
                 settings[stage] = checked(settings[stage])
             except PemlError as error:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peml.config import PemlConfig
 from peml.errors import PemlError
+from peml.prompts import Attempt
 from peml.training.trainer import FINETUNE_FRACTION, SearchSchedule, parameter_groups
 from peml.tuner import PemlModel
 
@@ -68,10 +69,14 @@ class MultiTaskSFTTrainer(SFTTrainer):
             )
         # Plain TrainingArguments are taken as well, and have none of TRL's own.
         packed = any(getattr(args, name, False) for name in ("packing", "eval_packing", "padding_free"))
-        if packed and config.prompt is not None and config.prompt.needs_task:
+        prompt = config.prompt
+        if packed and prompt is not None and (prompt.needs_task or (prompt.at_input and config.needs_task)):
             raise PemlError(
-                "a prefix per task cannot serve rows that pack several tasks: set packing and padding_free to False"
+                "a prompt that differs by task, by itself or in an adapter that does, cannot serve rows that pack "
+                "several tasks: set packing and padding_free to False"
             )
+        if isinstance(prompt, Attempt):
+            raise PemlError("Attempt makes its prompt from the text before the answer, which TRL does not tell apart")
         smoothed = kwargs.get("compute_loss_func") is not None or getattr(args, "label_smoothing_factor", 0) > 0
         if smoothed and config.adapter is not None and config.adapter.feature_loss_weight > 0:
             raise PemlError(
