@@ -65,7 +65,7 @@ def distil_then_adapt(
     if resume:
         check_same_recipe(recipe, folder)
         if folder.finished:
-            return train(recipe, output, resume=True, console=console)
+            return train(recipe, output, resume=True, console=console, stage=Stage("targets"))
     stages = _recipes(recipe, how)
     base = load_base(recipe) if workbench is None else (workbench.tokenizer, workbench.model)
     # The rows of all stages first: the last one should not fail after hours in the others.

@@ -26,6 +26,7 @@ from peml.training.folder import RunFolder, write_text
 from peml.training.progress import RunLog, progress_bar
 from peml.training.recipe import Recipe, load_recipe
 from peml.training.record import record_of
+from peml.training.regime import Joint
 from peml.training.trainer import MultiTaskTrainer
 from peml.training.workbench import Workbench, prepare
 
@@ -61,6 +62,8 @@ def train(
     # Under `accelerate launch` all processes read and compute, and one writes.
     main, wait = arguments.process_index == 0, arguments.distributed_state.wait_for_everyone
     console = console if console is not None and main else Console(quiet=True)
+    if stage is None and not isinstance(recipe.how, Joint):
+        raise PemlError(f"this trains jointly, and the recipe's regime is {recipe.how.name}: call peml.train")
     stage = stage or Stage()
     folder.check(resume=resume, overwrite=overwrite)
     if resume:
