@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,15 @@ from peml.prompts.base import LayerPrefix, WordPromptConfig
 from peml.routing import Forward
 
 
+_ROTARY: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
 def is_rotary(model: nn.Module) -> bool:
     """Whether attention turns queries and keys by their positions."""
-    return any("Rotary" in type(part).__name__ for part in model.modules())
+    # Every forward asks, and to walk a large model takes as long as a layer.
+    if model not in _ROTARY:
+        _ROTARY[model] = any("Rotary" in type(part).__name__ for part in model.modules())
+    return _ROTARY[model]
 
 
 def check_soft(model: nn.Module, host: PromptHost) -> None:
