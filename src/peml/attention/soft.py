@@ -24,7 +24,6 @@ from peml.errors import PemlError
 from peml.prompts.base import LayerPrefix, WordPromptConfig
 from peml.routing import Forward
 
-
 _ROTARY: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
