@@ -91,7 +91,7 @@ class ForwardHooks:
         forward, rows = routing.surrounding(module, self.opener.adapter_in_force), self._rows(args, kwargs)
         # Steps of `generate`, which has called the encoder itself.
         within = tasks is None and forward is not None and forward.prefix is not None
-        if tasks is not None or forward is None or forward.prefix is None:
+        if forward is None or not within:
             forward = self.opener.open_forward(
                 tasks, rows, self._mask(args, kwargs), self._text(args, kwargs, input_mask)
             )
@@ -237,7 +237,7 @@ class ForwardHooks:
 
     def _encodes_first(self) -> bool:
         """Whether the model is an encoder-decoder."""
-        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+        return attention.encodes_first(self.model)
 
     def _mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Which tokens are no padding, `[B, S]`, where the caller says it."""
@@ -249,13 +249,18 @@ class ForwardHooks:
     def _text(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], input_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None] | None:
-        """Ids or embeddings of the batch, and which of them a prompt may read: not the answer, where it is told."""
+        """Ids or embeddings of the batch, and which of them a prompt may read: not the answer, where it is told.
+
+        Nothing where no prompt reads it.
+        """
+        if not self.opener.reads_input():
+            return None
         given = (*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")))
         batch = next((batch for batch in given if isinstance(batch, Tensor)), None)
         if batch is None:
             return None
         cache = self._argument("past_key_values", args, kwargs)
-        if self.opener.reads_input() and cache is not None and cache.get_seq_length() > 0:
+        if cache is not None and cache.get_seq_length() > 0:
             raise PemlError(
                 "this adapter's prompt is made from the whole text, and a step through a cache has only its end: call "
                 "generate(), or the model with the whole text"
@@ -273,7 +278,7 @@ class ForwardHooks:
         if text is None or text[1] is not None:
             return text
         pad = getattr(getattr(self.model, "generation_config", None), "pad_token_id", None)
-        if self.opener.reads_input() and isinstance(pad, int) and bool((text[0] == pad).any()):
+        if isinstance(pad, int) and bool((text[0] == pad).any()):
             raise PemlError("this adapter's prompt is made from the text, which holds padding: pass attention_mask=")
         return text[0], torch.ones(text[0].shape[:2], device=text[0].device)
 

@@ -60,6 +60,9 @@ class Prompting(Attached):
         Args:
             forward: with its route.
             text: ids or embeddings of the batch and which of them a prompt may read; None: not known.
+
+        Raises:
+            PemlError: the prompt wants tasks, or a text, that the call has not given.
         """
         host = self._prompt_host()
         prompt = None if host is None else host.active()

@@ -8,7 +8,7 @@ real tokens keep their positions, and gradient checkpointing, packing, static ca
 
 from peml.attention.front import check_outputs, fronted, lengthened, shortened, widened
 from peml.attention.host import PromptHost, evaluating, install, uninstall
-from peml.attention.soft import changing_rope, check_soft, check_words, is_rotary, takes_embeddings
+from peml.attention.soft import changing_rope, check_soft, check_words, encodes_first, is_rotary, takes_embeddings
 from peml.attention.switch import check_paging, engage, hosts_prompts, named_for_paging, packs
 from peml.attention.twin import TWIN, attend
 
@@ -21,6 +21,7 @@ __all__ = [
     "check_paging",
     "check_soft",
     "check_words",
+    "encodes_first",
     "engage",
     "evaluating",
     "fronted",

@@ -214,8 +214,11 @@ def _tables(prefix: LayerPrefix, query: Tensor) -> tuple[tuple[Tensor, Tensor], 
     if groups == 1 or forward.by_row or route is None or route.per_token or copied < groups * WORTH_SORTING:
         return _gather(prefix, query, shared=True), None
     keys, values = (t.to(query.device, query.dtype) for t in (prefix.keys, prefix.values))
-    index = route.groups(rows, torch.device("cpu"))
-    return (keys, values), Sorted.of(index, groups, query.device)
+    # The same in every layer, and in every step of `generate`.
+    known, key = {} if forward.prepared is None else forward.prepared, (Sorted, rows, query.device)
+    if key not in known:
+        known[key] = Sorted.of(route.groups(rows, torch.device("cpu")), groups, query.device)
+    return (keys, values), known[key]
 
 
 for _implementation, _mask in MASKS.items():
