@@ -16,7 +16,7 @@ from peml.evaluation import average, evaluate_tasks
 from peml.mixing import Mixing, MixtureSampler
 from peml.tasks import suite_tasks
 from peml.training.data import Collator, TaskRows
-from peml.training.loss import answer_tokens, task_mean, token_loss_by_task
+from peml.training.loss import by_task, row_counts, row_losses, task_mean
 from peml.training.recipe import Recipe
 from peml.training.workbench import load_base
 
@@ -56,8 +56,11 @@ def main(steps: int, seed: int = 0) -> float:
         batch = collate([rows[i] for i in order[step * BATCH : (step + 1) * BATCH]])
         labels = batch.pop("labels")
         logits = model(**batch).logits
-        sums = token_loss_by_task(logits, labels, batch["tasks"], len(tasks))
-        loss = task_mean(sums, answer_tokens(labels, batch["tasks"], len(tasks)))
+        sums, counts = (
+            by_task(values, batch["tasks"], len(tasks))
+            for values in (row_losses("causal", logits, labels), row_counts("causal", labels))
+        )
+        loss = task_mean(sums, counts)
         loss = loss + sum(tuner.prompt.penalties().values())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

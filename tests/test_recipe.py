@@ -100,7 +100,10 @@ def task(index: int = 0, drop: str | None = None, **changes: Any) -> Callable[[d
         (change(tasks=[{"suite": "glue", "includes": ["rte"]}]), r"tasks\[glue\]: unknown key includes; did you mean"),
         (change(tasks=[3]), r"tasks\[0\] must be a mapping"),
         (change(tasks=[{"suite": "glue", "include": ["rte"]}] * 2), r"'rte' is there twice"),
-        (task(kind="classify"), r"tasks\[size\]: kind: input should be 'choose' or 'generate', not 'classify'"),
+        (
+            task(kind="sort"),
+            r"tasks\[size\]: kind: input should be 'choose', 'generate', 'classify' or 'regress', not 'sort'",
+        ),
         (task(drop="prompt"), r"tasks\[size\]: the key prompt is missing"),
         (task(prompt="{{ text"), r"'size'.*not a valid Jinja template"),
         (task(drop="choices"), r"'size'.*choices"),

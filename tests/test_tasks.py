@@ -315,7 +315,7 @@ def test_bad_rows_are_named_with_origin_and_task(row: dict[str, Any], fields: di
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "classify"}, "`kind` must be one of choose, generate, not 'classify'"),
+        ({"kind": "sort"}, "`kind` must be one of choose, generate, classify, regress, not 'sort'"),
         ({"prompt": "{{ text "}, r"`prompt` is not a valid Jinja template \(line 1: "),
         ({"answer": "{{ a b }}"}, "`answer` is not a valid Jinja template"),
         ({"prompt": " "}, "`prompt` must be a text that is not empty"),

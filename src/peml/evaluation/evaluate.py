@@ -84,7 +84,7 @@ def _answers(
     right = [e.choices.index(e.answer) if e.choices else 0 for e in examples]
     gain = sum(row[i] for row, i in zip(scores, right, strict=True))
     tokens = sum(label != IGNORED for group, i in zip(groups, right, strict=True) for label in group[i].labels)
-    if task.kind == "choose":
+    if task.kind in ("choose", "classify"):
         best = [best_choice(e, row, task.length_normalization) for e, row in zip(examples, scores, strict=True)]
         predictions = [e.choices[i] for e, i in zip(examples, best, strict=True)]
     else:
@@ -105,7 +105,7 @@ def _answers(
 
 def _measure(task: Task, predictions: list[str], examples: Sequence[Example]) -> dict[str, float]:
     choices = task.choices if isinstance(task.choices, tuple) else ()
-    references = [example.answer for example in examples]
+    references = [e.answer if e.value is None else repr(e.value) for e in examples]
     try:
         return {name: compute(name, predictions, references, choices) for name in task.metrics}
     except PemlError as error:

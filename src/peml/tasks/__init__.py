@@ -1,6 +1,6 @@
 """Tasks: from raw rows to prompts, answers and token ids."""
 
-from peml.tasks.encode import IGNORED, Encoded, encode, encode_all, encode_choices, encode_prompts
+from peml.tasks.encode import IGNORED, Encoded, Form, encode, encode_all, encode_choices, encode_prompts
 from peml.tasks.metrics import METRICS, Metric, compute
 from peml.tasks.source import FileSource, HubSource, Source, Split, ToySource
 from peml.tasks.suites import SUITES, suite_tasks
@@ -13,6 +13,7 @@ __all__ = [
     "Encoded",
     "Example",
     "FileSource",
+    "Form",
     "HubSource",
     "Kind",
     "Metric",

@@ -10,6 +10,7 @@ Training, scoring of options and generation all come through here, so that they 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,19 +21,28 @@ IGNORED = -100
 """The label of positions without a loss, as PyTorch and transformers have it."""
 
 
+Form = Literal["causal", "seq2seq", "heads"]
+"""How a model answers: it goes on with the prompt, it writes after having read it, or it has a head for each task."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Token ids of one example.
 
     Attributes:
-        input_ids: a leading special token if the tokeniser has one, the prompt, the answer.
-        labels: the ids of the answer; -100 elsewhere. `labels[i]` belongs to `input_ids[i]` (not shifted).
+        input_ids: a leading special token if the tokeniser has one, the prompt, and for `causal` the answer.
+        labels: `causal`: the ids of the answer, -100 elsewhere; `labels[i]` belongs to `input_ids[i]` (not shifted).
+            `seq2seq`: the ids of the answer. `heads`: none.
         truncated: whether the prompt lost its beginning.
+        token_type_ids: segment of each token, for models that want it.
+        target: what a head should say: the number of a class, or a value.
     """
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool
+    token_type_ids: list[int] | None = None
+    target: float | None = None
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Encoded:

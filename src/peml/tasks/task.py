@@ -18,9 +18,14 @@ from peml.tasks.files import Row
 from peml.tasks.metrics import METRICS
 from peml.tasks.source import Source, Split
 
-Kind = Literal["choose", "generate"]
+Kind = Literal["choose", "generate", "classify", "regress"]
 
-DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {"choose": ("accuracy",), "generate": ("exact_match",)}
+DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
+    "choose": ("accuracy",),
+    "classify": ("accuracy",),
+    "generate": ("exact_match",),
+    "regress": ("pearson", "spearman"),
+}
 
 
 def _present(value: Any) -> Any:
@@ -43,6 +48,8 @@ class Example:
         answer: text of the right answer; one of `choices` if there are any.
         choices: options to choose from; empty for a task that generates.
         origin: file and line (or data set and row) for messages, as in `data/tickets.jsonl:12`.
+        texts: what an encoder with heads reads, one text or a pair; none: the prompt.
+        value: the number behind the answer of a task that regresses.
     """
 
     task: str
@@ -50,6 +57,8 @@ class Example:
     answer: str
     choices: tuple[str, ...]
     origin: str
+    texts: tuple[str, ...] = ()
+    value: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +67,12 @@ class Task:
 
     Attributes:
         name: what the task is called in `tasks=`, in recipes and in reports.
-        kind: `choose` (score the options) or `generate` (write the answer).
+        kind: `choose` (one of several options), `classify` (one of the same few classes for every row), `generate`
+            (any text) or `regress` (a number). Language models score the options, and write texts and numbers;
+            encoders have a head for each task, which takes the last two and fixed options.
         prompt: Jinja template over the fields of a row; `row["odd name"]` reaches a field by any name.
         answer: name of the field with the answer, or a Jinja template if it contains `{{`.
+        texts: Jinja templates of what an encoder reads, one or a pair; none: the prompt as a whole.
         choices: the options; or the name of the field that holds those of each row (a list or a mapping).
         labels: raw answer, in lower case -> choice: `{"0": "negative", "1": "positive"}`, `{"true": "yes"}`.
         metrics: names from `peml.tasks.metrics`; the first is the one that averages over tasks are made of.
@@ -75,6 +87,7 @@ class Task:
     answer: str
     source: Source
     choices: tuple[str, ...] | str | None = None
+    texts: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
     max_new_tokens: int = 16
@@ -88,6 +101,11 @@ class Task:
             raise self._mistake("kind", f"must be one of {', '.join(get_args(Kind))}, not {self.kind!r}")
         for key, template in (("prompt", self.prompt), ("answer", self.answer)):
             self._check_template(key, template)
+        object.__setattr__(self, "texts", (self.texts,) if isinstance(self.texts, str) else tuple(self.texts))
+        if len(self.texts) > 2:
+            raise self._mistake("texts", f"are one text or a pair, not {len(self.texts)}")
+        for template in self.texts:
+            self._check_template("texts", template)
         object.__setattr__(self, "choices", self._checked_choices())
         object.__setattr__(self, "labels", self._checked_labels())
         object.__setattr__(self, "metrics", self._checked_metrics())
@@ -104,7 +122,10 @@ class Task:
         prompt = _render(self.prompt, row, f"{where}: `prompt`").rstrip()
         if not prompt:
             raise PemlError(f"{where}: `prompt` is empty for this row; put some text into the template or drop the row")
-        answer = self._answer(row, where)
+        texts = tuple(_render(text, row, f"{where}: `texts`").strip() for text in self.texts)
+        answer, value = self._answer(row, where), None
+        if self.kind == "regress":
+            value, answer = self._number(answer, where)
         choices = self._choices(row, where)
         if choices and answer not in choices:
             raise PemlError(
@@ -115,9 +136,20 @@ class Task:
             ("prompt", prompt),
             ("answer", answer),
             *(("choices", choice) for choice in choices),
+            *(("texts", text) for text in texts),
         ):
             _check_characters(text, f"{where}: `{key}`")
-        return Example(self.name, prompt, answer, choices, origin)
+        return Example(self.name, prompt, answer, choices, origin, texts, value)
+
+    def _number(self, answer: str, where: str) -> tuple[float, str]:
+        try:
+            value = float(answer)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise PemlError(f"{where}: the answer must be a number, not {answer!r}")
+        # A language model writes it: one place behind the point says enough, and as few tokens as can be.
+        return value, f"{value:.1f}"
 
     def _answer(self, row: Row, where: str) -> str:
         if "{{" in self.answer:
@@ -151,13 +183,17 @@ class Task:
             raise self._mistake(key, f"is not a valid Jinja template (line {error.lineno}: {error.message})") from error
 
     def _checked_choices(self) -> tuple[str, ...] | str | None:
-        if self.kind == "generate":
+        if self.kind in ("generate", "regress"):
             if self.choices:
-                raise self._mistake("choices", "do not go with kind 'generate'; leave them out or use kind 'choose'")
+                raise self._mistake(
+                    "choices", f"do not go with kind {self.kind!r}; leave them out or use kind 'choose'"
+                )
             return None
         if not self.choices:
             raise self._mistake("choices", "are missing: give a list, or the name of the field that holds them")
         if isinstance(self.choices, str):
+            if self.kind == "classify":
+                raise self._mistake("choices", "must be one fixed list for kind 'classify'; use 'choose' for a field")
             return self.choices
         if any(isinstance(choice, bool) for choice in self.choices):
             raise self._mistake(

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from peml.errors import PemlError
-from peml.tasks.encode import IGNORED, Encoded, encode_all
+from peml.tasks.encode import IGNORED, Encoded, Form, encode_all
 from peml.tasks.task import Example
 
 
@@ -21,9 +21,11 @@ class TaskRows(Dataset[dict[str, Any]]):
 
     Args:
         encoded: rows by task; ids follow the order of the mapping.
+        form: how the model answers.
     """
 
-    def __init__(self, encoded: Mapping[str, Sequence[Encoded]]) -> None:
+    def __init__(self, encoded: Mapping[str, Sequence[Encoded]], form: Form = "causal") -> None:
+        self.form: Form = form
         self.task_names = list(encoded)
         self.rows = [row for rows in encoded.values() for row in rows]
         self.row_tasks = [task for task, rows in enumerate(encoded.values()) for _ in rows]

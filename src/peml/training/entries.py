@@ -63,7 +63,7 @@ class OwnEntry(Section):
         eval_path: file with rows to evaluate on; without one, `eval_fraction` of the training rows is held out.
         subset: configuration name of a Hub data set.
         split: names of the training and evaluation splits of a Hub data set.
-        kind, prompt, choices, answer, labels, metrics: as in `peml.Task`.
+        kind, prompt, texts, choices, answer, labels, metrics: as in `peml.Task`.
     """
 
     name: str
@@ -75,8 +75,9 @@ class OwnEntry(Section):
     eval_fraction: float | None = Field(None, gt=0, lt=1)
     limit_train: int | None = Field(None, gt=0)
     limit_eval: int | None = Field(None, gt=0)
-    kind: Literal["choose", "generate"]
+    kind: Literal["choose", "generate", "classify", "regress"]
     prompt: str
+    texts: Texts | str = []
     answer: str
     choices: Texts | str | None = None
     labels: dict[Any, Any] = {}
@@ -145,6 +146,7 @@ def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
             name=entry.name,
             kind=entry.kind,
             prompt=entry.prompt,
+            texts=(entry.texts,) if isinstance(entry.texts, str) else tuple(entry.texts),
             answer=entry.answer,
             choices=choices,
             labels=labels,

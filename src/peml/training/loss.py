@@ -15,36 +15,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peml.tasks.encode import IGNORED
+from peml.tasks.encode import IGNORED, Form
 
 
-def answer_tokens(labels: Tensor, tasks: Sequence[int], num_tasks: int) -> Tensor:
-    """Tokens with a loss by task, `[T]`; the first position predicts nothing before it.
-
-    Shapes:
-        labels `[B, S]`, tasks B ids.
-    """
-    counts = labels[:, 1:].ne(IGNORED).sum(1)
-    return torch.zeros(num_tasks, dtype=counts.dtype, device=labels.device).index_add_(
-        0, torch.tensor(list(tasks), device=labels.device), counts
-    )
-
-
-def token_loss_by_task(
-    logits: Tensor, labels: Tensor, tasks: Sequence[int], num_tasks: int, label_smoothing: float = 0.0
-) -> Tensor:
-    """Sum of token losses by task, `[T]`, in nats and fp32.
+def row_counts(form: Form, labels: Tensor) -> Tensor:
+    """How many losses each row has, `[B]`: its answer tokens, or one for a head.
 
     Shapes:
-        logits `[B, S, V]`, labels `[B, S]` (not shifted), tasks B ids.
+        labels `[B, S]`, or `[B]` for heads.
     """
-    targets = labels[:, 1:]
+    if form == "heads":
+        return torch.ones_like(labels, dtype=torch.long)
+    # The first position of a text that goes on predicts nothing before it.
+    return labels[:, int(form == "causal") :].ne(IGNORED).sum(1)
+
+
+def row_losses(form: Form, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Sum of the token losses of each row, `[B]`, in nats and fp32.
+
+    Shapes:
+        logits `[B, S, V]`, labels `[B, S]` (not shifted).
+    """
+    targets = labels[:, int(form == "causal") :]
     row, column = targets.ne(IGNORED).nonzero(as_tuple=True)
     losses = F.cross_entropy(
         logits[row, column].float(), targets[row, column], reduction="none", label_smoothing=label_smoothing
     )
-    by_row = torch.tensor(list(tasks), device=logits.device)
-    return torch.zeros(num_tasks, dtype=losses.dtype, device=logits.device).index_add_(0, by_row[row], losses)
+    return torch.zeros(len(labels), dtype=losses.dtype, device=logits.device).index_add_(0, row, losses)
+
+
+def by_task(values: Tensor, tasks: Sequence[int], num_tasks: int) -> Tensor:
+    """Sum over the rows of each task, `[T]`, of `values` `[B]`."""
+    rows = torch.tensor(list(tasks), device=values.device)
+    return torch.zeros(num_tasks, dtype=values.dtype, device=values.device).index_add_(0, rows, values)
 
 
 def task_mean(sums: Tensor, tokens: Tensor, weights: Tensor | None = None) -> Tensor:

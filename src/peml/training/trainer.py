@@ -20,7 +20,7 @@ from peml.errors import PemlError
 from peml.mixing import Mixing, MixtureSampler
 from peml.training.data import Collator, TaskRows
 from peml.training.distillation import Distillation
-from peml.training.loss import LossMeter, answer_tokens, task_mean, token_loss_by_task
+from peml.training.loss import LossMeter, by_task, row_counts, row_losses, task_mean
 from peml.tuner import PemlModel
 
 FINETUNE_FRACTION = 0.1
@@ -77,6 +77,7 @@ class MultiTaskTrainer(Trainer):
             )
         self.tuner = cast("PemlModel", model.base_model)
         self.task_names = list(train_dataset.task_names)
+        self.form = train_dataset.form
         config = self.tuner.config_in_force
         if config is None or self.task_names != config.task_names:
             trained = "none" if config is None else ", ".join(config.task_names)
@@ -109,7 +110,9 @@ class MultiTaskTrainer(Trainer):
         """Answer tokens by task over the micro-batches and devices of a step, `[T]`."""
         if not batch_samples:
             return None
-        counts = sum(answer_tokens(b["labels"].cpu(), b["tasks"], len(self.task_names)) for b in batch_samples)
+        counts = sum(
+            by_task(row_counts(self.form, b["labels"].cpu()), b["tasks"], len(self.task_names)) for b in batch_samples
+        )
         assert isinstance(counts, Tensor)
         return self.accelerator.reduce(counts.to(device), "sum")  # type: ignore[no-any-return]
 
@@ -126,8 +129,9 @@ class MultiTaskTrainer(Trainer):
         if self._distillation is not None:
             given["output_hidden_states"] = True
         outputs = model(**given)
-        sums = token_loss_by_task(outputs.logits, labels, tasks, len(self.task_names), self.args.label_smoothing_factor)
-        tokens = answer_tokens(labels, tasks, len(self.task_names))
+        losses = row_losses(self.form, outputs.logits, labels, self.args.label_smoothing_factor)
+        sums = by_task(losses, tasks, len(self.task_names))
+        tokens = by_task(row_counts(self.form, labels), tasks, len(self.task_names))
         if model.training:
             self._meter.add(sums, tokens)
         whole = num_items_in_batch if isinstance(num_items_in_batch, Tensor) else tokens

@@ -55,7 +55,7 @@ class Workbench:
         """
         shortened = {}
         for name, task in self.tasks.items():
-            if task.kind == "choose":
+            if task.kind in ("choose", "classify"):
                 encoded = [group[0] for group in encode_choices(self.tokenizer, self.eval[name], self.max_length)]
             else:
                 encoded = encode_prompts(self.tokenizer, self.eval[name], self.max_length, task.max_new_tokens)
