@@ -141,7 +141,8 @@ class TaskHeads(nn.Module):
         if self.config.hidden:
             text = torch.tanh(torch.einsum("bd,bhd->bh", text, self.hidden_weight[ids]) + self.hidden_bias[ids])
             text = F.dropout(text, self.config.dropout, self.training)
-        logits = torch.einsum("bd,bcd->bc", text, self.weight[ids]) + self.bias[ids]
+        # Not a matrix product, which rounds otherwise with another number of classes: a new task changes no other.
+        logits = (text[:, None] * self.weight[ids]).sum(-1) + self.bias[ids]
         logits = self.means[ids][:, None] + self.scales[ids][:, None] * logits
         beyond = torch.arange(logits.shape[1], device=ids.device) >= self.counts[ids][:, None]
         return logits.masked_fill(beyond, -math.inf)

@@ -67,7 +67,8 @@ class Recipe(Section):
         balance: how tasks share the loss; "equal" is the mean over tasks.
         regime: how the parts are trained, by name or with settings; None: as the method says.
         train: names of `TrainingArguments`, and `dtype`, `attn_implementation`, `max_length`,
-            `prompt_learning_rate`, `task_prompt_learning_rate`, `architecture_learning_rate`, `finetune_fraction`.
+            `prompt_learning_rate`, `task_prompt_learning_rate`, `architecture_learning_rate`, `head_learning_rate`,
+            `finetune_fraction`.
         evaluate_before: measure the base model too, before training.
     """
 

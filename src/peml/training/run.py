@@ -181,6 +181,7 @@ def _trainer(
             prompt_learning_rate=recipe.train.get("prompt_learning_rate"),
             task_prompt_learning_rate=recipe.train.get("task_prompt_learning_rate"),
             architecture_learning_rate=recipe.train.get("architecture_learning_rate"),
+            head_learning_rate=recipe.train.get("head_learning_rate"),
             task_weights=recipe.task_weights(),
             finetune_fraction=recipe.setting("finetune_fraction"),
             distillation=distillation,
