@@ -137,7 +137,8 @@ class TaskHeads(nn.Module):
             states `[B, S, D]`, mask `[B, S]` (1 on tokens that are no padding), ids `[B]` or `[1]`.
         """
         ids = ids.to(states.device).expand(len(states))
-        text = F.dropout(pooled(states, mask, self.config.pooling).float(), self.config.dropout, self.training)
+        text = pooled(states, mask, self.config.pooling).to(self.weight.dtype)
+        text = F.dropout(text, self.config.dropout, self.training)
         if self.config.hidden:
             text = torch.tanh(torch.einsum("bd,bhd->bh", text, self.hidden_weight[ids]) + self.hidden_bias[ids])
             text = F.dropout(text, self.config.dropout, self.training)
