@@ -27,7 +27,7 @@ from peml.training.progress import RunLog, progress_bar
 from peml.training.recipe import Recipe, load_recipe
 from peml.training.record import record_of
 from peml.training.regime import Joint
-from peml.training.trainer import MultiTaskTrainer
+from peml.training.trainer import MultiTaskTrainer, Patience
 from peml.training.workbench import Workbench, prepare
 
 
@@ -106,7 +106,7 @@ def train(
         if main:
             folder.write_json(folder.metrics, metrics)
         begun = time.perf_counter()
-        if checkpoint is not None and _step(checkpoint) >= trainer.args.max_steps > 0:
+        if checkpoint is not None and trainer.has_ended(checkpoint):
             trainer.finish_from(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -180,13 +180,14 @@ def _trainer(
             prompt_learning_rate=recipe.train.get("prompt_learning_rate"),
             task_prompt_learning_rate=recipe.train.get("task_prompt_learning_rate"),
             architecture_learning_rate=recipe.train.get("architecture_learning_rate"),
+            balance=recipe.balance,
             task_weights=recipe.task_weights(),
             finetune_fraction=recipe.setting("finetune_fraction"),
             distillation=distillation,
             evaluate_tasks=bench.evaluate,
             data_collator=Collator(_pad_token(bench.tokenizer)),
             processing_class=bench.tokenizer,
-            callbacks=[log],
+            callbacks=[log, *_patience(recipe)],
         )
         trainer.create_optimizer_and_scheduler(num_training_steps=max(1, arguments.max_steps))
         trainer.get_train_dataloader()
@@ -202,6 +203,11 @@ def _trainer(
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _patience(recipe: Recipe) -> list[Patience]:
+    patience = recipe.setting("early_stopping_patience")
+    return [] if patience is None else [Patience(patience, recipe.setting("early_stopping_threshold"))]
 
 
 def open_run(path: str | Path) -> tuple[Workbench, PeftModel]:
