@@ -1,8 +1,8 @@
-r"""Balance of gradients: how the gradients of tasks that pull apart become one step.
+"""Balance of gradients: how the gradients of tasks that pull apart become one step.
 
-Each needs only the inner products of the gradients, `G_tu = g_t \cdot g_u`, and answers with one factor per task; where
-gradients agree, all of them give the plain weighted gradient. Only what tasks share is touched: a parameter of a
-single task has no conflicts, and gets its plain weighted gradient.
+Each needs only the inner products of the gradients, `G_tu = g_t . g_u`, and answers with one factor per task; c_t is the
+task's share of the loss, and the factors are c themselves where nothing is done. Only what tasks share is touched: a
+parameter of a single task has no conflicts, and gets its plain weighted gradient.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,8 +199,9 @@ def _trainer(
     finally:
         # transformers makes its folder when it is built, which is too early for us.
         for path, before in zip((Path(arguments.output_dir), Path(arguments.output_dir).parent), existed, strict=True):
-            if not before and path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+            if not before:
+                with suppress(OSError):  # it holds something, or another process was first
+                    path.rmdir()
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.remove_callback(PrinterCallback)
     return trainer
