@@ -79,7 +79,7 @@ def encode_prompts(
     lead = _leading_ids(tokenizer)
     encoded = []
     room = max_length - max_new_tokens - len(lead)
-    fitted = with_fewer_shots(tokenizer, examples, [""] * len(examples), room)
+    fitted = with_fewer_shots(tokenizer, examples, [""] * len(examples), [room] * len(examples))
     prompts = _tokenize(tokenizer, [example.prompt for example in fitted])
     for example, prompt, whole in zip(fitted, prompts, examples, strict=True):
         if room < 1:
@@ -90,9 +90,9 @@ def encode_prompts(
 
 
 def with_fewer_shots(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], endings: Sequence[str], room: int
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], endings: Sequence[str], rooms: Sequence[int]
 ) -> list[Example]:
-    """The examples without so many of the first shots of their prompts that prompt and ending fit into `room` tokens.
+    """The examples without so many of the first shots of their prompts that prompt and ending fit into its room.
 
     An example that fits, or has no shots, is itself; one that is too long without shots is cut elsewhere.
     """
@@ -100,7 +100,7 @@ def with_fewer_shots(
     pending = [i for i, example in enumerate(fitted) if example.cuts]
     while pending:
         lengths = map(len, _tokenize(tokenizer, [fitted[i].prompt + endings[i] for i in pending]))
-        pending = [i for i, length in zip(pending, lengths, strict=True) if length > room and fitted[i].cuts]
+        pending = [i for i, length in zip(pending, lengths, strict=True) if length > rooms[i] and fitted[i].cuts]
         for i in pending:
             cut, *later = fitted[i].cuts
             fitted[i] = replace(fitted[i], prompt=fitted[i].prompt[cut:], cuts=tuple(at - cut for at in later))
@@ -116,7 +116,8 @@ def _encode(
 ) -> list[list[Encoded]]:
     lead = _leading_ids(tokenizer)
     longest = [" " + max(group, key=len) for group in answers]
-    fitted = with_fewer_shots(tokenizer, examples, longest, max_length - len(lead) - len(end))
+    rooms = [max_length - len(lead) - (0 if example.choices else len(end)) for example in examples]
+    fitted = with_fewer_shots(tokenizer, examples, longest, rooms)
     prompts = _tokenize(tokenizer, [example.prompt for example in fitted])
     texts = [f"{e.prompt} {answer}" for e, group in zip(fitted, answers, strict=True) for answer in group]
     wholes = iter(_tokenize(tokenizer, texts))

@@ -5,10 +5,10 @@ is `peml.tasks.source`; how an example becomes token ids is `peml.tasks.encode`.
 """
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from hashlib import blake2b
+from itertools import accumulate, islice
 from typing import Literal, get_args
 
 from jinja2 import TemplateSyntaxError
@@ -140,16 +140,13 @@ class Task:
         """The templates of the prompt."""
         return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
 
-    def examples(self, split: Split) -> list[Example]:
-        """All examples of a split; the first bad row stops with an error that names it."""
+    def examples(self, split: Split, count: int | None = None) -> list[Example]:
+        """The examples of a split, all or the first `count`; the first bad row stops with an error that names it."""
         shots = self.source.shots(self.few_shot) if self.few_shot else []
         kept = {origin for _, origin in shots}
         before = [self.example(row, origin) for row, origin in shots]
-        return [
-            _after(before, self.example(row, origin, split))
-            for row, origin in self.source.rows(split)
-            if origin not in kept
-        ]
+        rows = ((row, origin) for row, origin in self.source.rows(split) if origin not in kept)
+        return [_after(before, self.example(row, origin, split)) for row, origin in islice(rows, count)]
 
     def example(self, row: Row, origin: str, split: Split = "eval") -> Example:
         """The example that a raw row makes; `origin` names the row in errors."""
@@ -183,7 +180,8 @@ class Task:
         prompt = render(self.prompts[0], row, f"{where}: `prompt`").rstrip()
         if split == "train" and len(self.prompts) > 1:
             # What is drawn depends on the row alone: not on its place, on other rows or on the machine.
-            drawn = zlib.crc32(f"{self.source.seed}:{prompt}".encode("utf-8", "surrogatepass")) % len(self.prompts)
+            said = f"{self.source.seed}:{prompt}".encode("utf-8", "surrogatepass")
+            drawn = int.from_bytes(blake2b(said, digest_size=8).digest(), "big") % len(self.prompts)
             prompt = render(self.prompts[drawn], row, f"{where}: `prompt`").rstrip()
         if not prompt:
             raise PemlError(f"{where}: `prompt` is empty for this row; put some text into the template or drop the row")
