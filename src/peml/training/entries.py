@@ -67,7 +67,7 @@ class OwnEntry(Section):
         eval_path: file with rows to evaluate on; without one, `eval_fraction` of the training rows is held out.
         subset: configuration name of a Hub data set.
         split: names of the training and evaluation splits of a Hub data set.
-        kind, prompt, texts, choices, answer, labels, metrics: as in `peml.Task`.
+        kind, prompt, texts, choices, answer, labels, metrics, score, group, references, few_shot: as in `peml.Task`.
     """
 
     name: str
@@ -80,12 +80,16 @@ class OwnEntry(Section):
     limit_train: int | None = Field(None, gt=0)
     limit_eval: int | None = Field(None, gt=0)
     kind: Literal["choose", "generate", "classify", "regress"]
-    prompt: Annotated[list[str], Field(min_length=1)] | str
+    prompt: Texts | str
     texts: Texts | str = []
     answer: str
     choices: Texts | str | None = None
     labels: dict[Any, Any] = {}
     metrics: list[str] = []
+    score: list[str] = []
+    group: str | None = None
+    references: str | None = None
+    few_shot: int = Field(0, ge=0)
     max_new_tokens: int = Field(16, gt=0)
     length_normalization: bool = False
     weight: float = Field(1.0, gt=0)
@@ -159,6 +163,10 @@ def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
             choices=choices,
             labels=labels,
             metrics=tuple(entry.metrics),
+            score=tuple(entry.score),
+            group=entry.group,
+            references=entry.references,
+            few_shot=entry.few_shot,
             max_new_tokens=entry.max_new_tokens,
             length_normalization=entry.length_normalization,
             source=source,
