@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from peml.errors import PemlError
-from peml.tasks.encode import Encoded, _special_ids, _tokenize
+from peml.tasks.encode import Encoded, _special_ids, _tokenize, with_fewer_shots
 from peml.tasks.task import Example
 
 
@@ -37,10 +37,12 @@ def _encode(
     max_length: int,
 ) -> list[list[Encoded]]:
     front, back = _special_ids(tokenizer)
-    prompts = _tokenize(tokenizer, [example.prompt for example in examples])
+    room = max_length - len(front) - len(back)
+    fitted = with_fewer_shots(tokenizer, examples, [""] * len(examples), [room] * len(examples))
+    prompts = _tokenize(tokenizer, [example.prompt for example in fitted])
     targets = iter(tokenizer(text_target=[a for group in answers for a in group], verbose=False)["input_ids"])
-    room, encoded = max_length - len(front) - len(back), []
-    for example, prompt, group in zip(examples, prompts, answers, strict=True):
+    encoded = []
+    for example, whole, prompt, group in zip(fitted, examples, prompts, answers, strict=True):
         labels = [next(targets) for _ in group]
         longest = max(map(len, labels))
         if room < 1 or longest > max_length:
@@ -49,5 +51,5 @@ def _encode(
                 f"{max_length}; raise it or ask for less"
             )
         ids = front + prompt[-room:] + back
-        encoded.append([Encoded(ids, own, len(prompt) > room) for own in labels])
+        encoded.append([Encoded(ids, own, len(prompt) > room or example is not whole) for own in labels])
     return encoded

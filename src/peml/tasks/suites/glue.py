@@ -36,12 +36,14 @@ _TASKS: Mapping[str, dict[str, Any]] = {
         "texts": _BOTH,
         **_NO_YES,
         "metrics": ("accuracy", "f1"),
+        "score": ("accuracy", "f1"),
     },
     "stsb": {
         "prompt": _PAIR + "Question: How similar are both sentences, from 0.0 to 5.0?\nAnswer:",
         "texts": _BOTH,
         "kind": "regress",
         "metrics": ("pearson", "spearman"),
+        "score": ("pearson", "spearman"),
     },
     "qqp": {
         "prompt": "Question 1: {{ question1 }}\nQuestion 2: {{ question2 }}\n"
@@ -49,6 +51,7 @@ _TASKS: Mapping[str, dict[str, Any]] = {
         "texts": ("{{ question1 }}", "{{ question2 }}"),
         **_NO_YES,
         "metrics": ("accuracy", "f1"),
+        "score": ("accuracy", "f1"),
     },
     "mnli": {
         "prompt": "Premise: {{ premise }}\nHypothesis: {{ hypothesis }}\n"
@@ -63,6 +66,9 @@ _TASKS: Mapping[str, dict[str, Any]] = {
             "neutral": "maybe",
             "contradiction": "no",
         },
+        "group": "part",
+        "metrics": ("accuracy", "accuracy/matched", "accuracy/mismatched"),
+        "score": ("accuracy/matched", "accuracy/mismatched"),
     },
     "qnli": {
         "prompt": "Question: {{ question }}\nText: {{ sentence }}\nDoes the text answer the question?\nAnswer:",
@@ -112,9 +118,11 @@ def _published(name: str) -> Published:
         parts={part: (f"{folder}/dev_{part}.tsv",) for part in parts},
         **how,
     )
+    rows = (f"glue_{name}/dev.jsonl", f"glue_{name}/dev_subset.jsonl")
     lines = Layout(
         train=(f"glue_{name}/train.jsonl",),
-        eval=(f"glue_{name}/dev.jsonl", f"glue_{name}/dev_subset.jsonl"),
+        eval=() if parts else rows,
+        parts={"matched": rows} if parts else {},
         fields=_LINES.get(name, {}),
     )
     return Published("nyu-mll/glue", name, eval=parts or {"": "validation"}, layouts=(tables, lines))
