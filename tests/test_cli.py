@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from peml.cli import main
 from peml.training import RunFolder
@@ -150,3 +151,24 @@ def test_a_damaged_adapter_is_named(peml, tmp_path: Path) -> None:  # type: igno
     for command in ("inspect", "evaluate"):
         code, _, errors = peml(command, tmp_path / "run")
         assert code == 2 and "adapter_model.safetensors" in errors, command
+
+
+def test_a_task_is_added_from_the_command_line(peml, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    settings = recipe(tmp_path)
+    assert (
+        peml("train", write_recipe(tmp_path, method="mtl-lora", set={"adapter.r": 2}), "--output", tmp_path / "run")[0]
+        == 0
+    )
+    task = settings["tasks"][0] | {"name": "small"}
+    (tmp_path / "new.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    code, out, _ = peml("train", "--from", tmp_path / "run", "--add-task", tmp_path / "new.yaml", "--init", "copy:size")
+    assert code == 0 and "small" in out
+    grown = RunFolder(tmp_path / "run+new").read_metrics()
+    whole = RunFolder(tmp_path / "run").read_metrics()
+    assert grown["after"]["color"] == whole["after"]["color"]
+    assert 0 < sum(grown["parameters"].values()) < sum(whole["parameters"].values())
+    for arguments in (["train"], ["train", "--from", tmp_path / "run"], ["train", "x.yaml", "--add-task", "new.yaml"]):
+        code, _, error = peml(*arguments)
+        assert code == 2 and "give a recipe, or --from RUN with --add-task FILE" in error
+    code, _, error = peml("train", "--from", tmp_path / "run", "--add-task", tmp_path / "new.yaml", "--freeze", "all")
+    assert code == 2 and "freeze: input should be 'shared' or 'none', not 'all'" in error
