@@ -23,7 +23,7 @@ from peml.tasks.encode_heads import encode_heads
 from peml.tasks.encode_seq2seq import encode_seq2seq, encode_seq2seq_choices
 from peml.training.data import Collator, TaskRows, call_of
 from peml.training.folder import RunFolder
-from peml.training.loss import by_task, row_counts, row_losses, task_mean
+from peml.training.loss import balanced, by_task, row_counts, row_losses
 from peml.training.recipe import load_recipe
 from peml.training.run import open_run, train
 from peml.training.workbench import form_of
@@ -100,7 +100,7 @@ def test_the_loss_of_an_encoder_decoder_is_its_own() -> None:
         for values in (row_losses("seq2seq", logits, batch["labels"]), row_counts("seq2seq", batch["labels"]))
     )
     assert counts.tolist() == [4, 4]  # an answer of one word and the end, twice; of three words and the end
-    loss = task_mean(sums, counts)
+    loss = balanced("task_mean", sums, counts)
     own = []
     for name in ("size", "color"):
         picked = [i for i, task in enumerate(batch["tasks"]) if data.task_names[task] == name]
