@@ -209,6 +209,8 @@ def _read_table(path: Path, **dialect: Any) -> Iterator[Item]:
             tape.back()
             reader = csv.reader(tape, strict=True, **dialect)
             yield PemlError(f"{origin}: the row cannot be read ({error})"), origin
+            if not header:
+                return
             continue
         origin = f"{path}:{tape.row[0][0]}"
         if (undecoded := tape.problem()) is not None:

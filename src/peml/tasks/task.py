@@ -5,7 +5,7 @@ is `peml.tasks.source`; how an example becomes token ids is `peml.tasks.encode`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, get_args
@@ -14,6 +14,7 @@ from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedErro
 from jinja2.sandbox import SandboxedEnvironment
 
 from peml.errors import PemlError
+from peml.tasks.conversation import Turns, read_row
 from peml.tasks.files import Row
 from peml.tasks.metrics import METRICS
 from peml.tasks.source import Source, Split
@@ -50,6 +51,7 @@ class Example:
         origin: file and line (or data set and row) for messages, as in `data/tickets.jsonl:12`.
         texts: what an encoder with heads reads, one text or a pair; none: the prompt.
         value: the number behind the answer of a task that regresses.
+        turns: the prompt as a conversation, which the tokeniser's chat template renders; none: it is plain text.
     """
 
     task: str
@@ -59,6 +61,7 @@ class Example:
     origin: str
     texts: tuple[str, ...] = ()
     value: float | None = None
+    turns: Turns = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,8 @@ class Task:
         kind: `choose` (one of several options), `classify` (one of the same few classes for every row), `generate`
             (any text) or `regress` (a number). Language models score the options, and write texts and numbers;
             encoders have a head for each task, which takes the last two and fixed options.
-        prompt: Jinja template over the fields of a row; `row["odd name"]` reaches a field by any name.
+        prompt: Jinja template over the fields of a row; `row["odd name"]` reaches a field by any name. Without it,
+            and without `answer`, rows are as TRL has them: see `peml.tasks.conversation`.
         answer: name of the field with the answer, or a Jinja template if it contains `{{`.
         texts: Jinja templates of what an encoder reads, one or a pair; none: the prompt as a whole.
         choices: the options; or the name of the field that holds those of each row (a list or a mapping).
@@ -78,13 +82,14 @@ class Task:
         metrics: names from `peml.tasks.metrics`; the first is the one that averages over tasks are made of.
         max_new_tokens: longest answer that a `generate` task may write.
         length_normalization: divide the score of an option by its length in bytes.
+        chat: whether the prompt is a user's turn, which the tokeniser's chat template renders. Conversations always are.
         source: where the rows come from.
     """
 
     name: str
     kind: Kind
-    prompt: str
-    answer: str
+    prompt: str | None = None
+    answer: str | None = None
     source: Source
     choices: tuple[str, ...] | str | None = None
     texts: tuple[str, ...] = ()
@@ -92,6 +97,7 @@ class Task:
     metrics: tuple[str, ...] = ()
     max_new_tokens: int = 16
     length_normalization: bool = False
+    chat: bool | None = None
 
     def __post_init__(self) -> None:
         """Check every field, and turn lists and raw labels into their proper types."""
@@ -100,7 +106,10 @@ class Task:
         if self.kind not in get_args(Kind):
             raise self._mistake("kind", f"must be one of {', '.join(get_args(Kind))}, not {self.kind!r}")
         for key, template in (("prompt", self.prompt), ("answer", self.answer)):
-            self._check_template(key, template)
+            if template is None and (self.prompt or self.answer):
+                raise self._mistake(key, "is missing: give both `prompt` and `answer`, or neither for rows as TRL has them")
+            if template is not None:
+                self._check_template(key, template)
         object.__setattr__(self, "texts", (self.texts,) if isinstance(self.texts, str) else tuple(self.texts))
         if len(self.texts) > 2:
             raise self._mistake("texts", f"are one text or a pair, not {len(self.texts)}")
@@ -114,16 +123,20 @@ class Task:
 
     def examples(self, split: Split) -> list[Example]:
         """All examples of a split; the first bad row stops with an error that names it."""
-        return [self.example(row, origin) for row, origin in self.source.rows(split)]
+        return [self.example(row, origin) for row, origin in self._rows(split)]
+
+    def _rows(self, split: Split) -> Iterator[tuple[Row, str]]:
+        try:
+            yield from self.source.rows(split)
+        except PemlError as error:
+            raise PemlError(f"{error} (task {self.name!r})") from error
 
     def example(self, row: Row, origin: str) -> Example:
         """The example that a raw row makes; `origin` names the row in errors."""
         where = f"{origin}: task {self.name!r}"
-        prompt = _render(self.prompt, row, f"{where}: `prompt`").rstrip()
-        if not prompt:
-            raise PemlError(f"{where}: `prompt` is empty for this row; put some text into the template or drop the row")
+        turns, prompt, raw = self._asked(row, where)
         texts = tuple(_render(text, row, f"{where}: `texts`").strip() for text in self.texts)
-        answer, value = self._answer(row, where), None
+        answer, value = self.labels.get(raw.lower(), raw), None
         if self.kind == "regress":
             value, answer = self._number(answer, where)
         choices = self._choices(row, where)
@@ -139,7 +152,22 @@ class Task:
             *(("texts", text) for text in texts),
         ):
             _check_characters(text, f"{where}: `{key}`")
-        return Example(self.name, prompt, answer, choices, origin, texts, value)
+        return Example(self.name, prompt, answer, choices, origin, texts, value, turns)
+
+    def _asked(self, row: Row, where: str) -> tuple[Turns, str, str]:
+        """The prompt as turns, if it is a conversation, and as plain text; and the raw answer."""
+        if self.prompt is None or self.answer is None:
+            turns, prompt, raw = read_row(row, where)
+        else:
+            prompt = _render(self.prompt, row, f"{where}: `prompt`").rstrip()
+            if not prompt:
+                raise PemlError(
+                    f"{where}: `prompt` is empty for this row; put some text into the template or drop the row"
+                )
+            turns, raw = (), self._answer(self.answer, row, where)
+        if turns and self.chat is False:
+            raise PemlError(f"{where}: the row is a conversation, which needs the chat template; leave out `chat: false`")
+        return turns or ((("user", prompt.strip()),) if self.chat else ()), prompt, raw
 
     def _number(self, answer: str, where: str) -> tuple[float, str]:
         try:
@@ -151,15 +179,14 @@ class Task:
         # A language model writes it: one place behind the point says enough, and as few tokens as can be.
         return value, f"{value:.1f}"
 
-    def _answer(self, row: Row, where: str) -> str:
-        if "{{" in self.answer:
-            raw = _render(self.answer, row, f"{where}: `answer`").strip()
+    def _answer(self, template: str, row: Row, where: str) -> str:
+        if "{{" in template:
+            raw = _render(template, row, f"{where}: `answer`").strip()
         else:
-            raw = _as_text(_field(row, self.answer, f"{where}: `answer`"), f"{where}: field {self.answer!r}")
-        answer = self.labels.get(raw.lower(), raw)
-        if not answer:
-            raise PemlError(f"{where}: the answer ({self.answer!r}) is empty; fill it in or drop the row")
-        return answer
+            raw = _as_text(_field(row, template, f"{where}: `answer`"), f"{where}: field {template!r}")
+        if not raw:
+            raise PemlError(f"{where}: the answer ({template!r}) is empty; fill it in or drop the row")
+        return raw
 
     def _choices(self, row: Row, where: str) -> tuple[str, ...]:
         if self.choices is None or isinstance(self.choices, tuple):
