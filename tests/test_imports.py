@@ -46,6 +46,7 @@ ROOMS = [
     "inspection",
     "serving",
     "demo",
+    "cli_tasks",
     "cli",
     "__init__",
     "__main__",

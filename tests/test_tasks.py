@@ -15,6 +15,7 @@ from peml.tasks import (
     Example,
     FileSource,
     HubSource,
+    SuiteSource,
     Task,
     ToySource,
     encode,
@@ -393,7 +394,7 @@ def test_an_impossible_toy_source_is_named() -> None:
 
 def test_glue_suite_reads_like_the_hub_data() -> None:
     tasks = {task.name: task for task in suite_tasks("glue")}
-    assert list(tasks) == ["cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli"]
+    assert list(tasks) == ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
     fields = [
         "sentence",
         "sentence1",
@@ -404,6 +405,8 @@ def test_glue_suite_reads_like_the_hub_data() -> None:
         "premise",
         "hypothesis",
     ]
+    stsb = tasks.pop("stsb")
+    assert stsb.example({"sentence1": "a", "sentence2": "b", "label": 3.75}, "o").value == 3.75
     for task in tasks.values():
         row: dict[str, Any] = {name: f"<{name}>" for name in fields}
         answers = [task.example(row | {"label": n}, "o").answer for n in range(len(task.choices or ()))]
@@ -415,7 +418,11 @@ def test_glue_suite_reads_like_the_hub_data() -> None:
     assert tasks["mrpc"].metrics == ("accuracy", "f1")
     assert tasks["mrpc"].choices == ("no", "yes") and tasks["mrpc"].labels["1"] == "yes"  # f1 asks for the last
     source = tasks["mnli"].source
-    assert isinstance(source, HubSource) and (source.name, source.eval) == ("mnli", "validation_matched")
+    assert isinstance(source, SuiteSource) and (source.published.hub, source.published.config) == (
+        "nyu-mll/glue",
+        "mnli",
+    )
+    assert list(source.published.eval.values()) == ["validation_matched", "validation_mismatched"]
 
 
 def test_tasks_of_a_suite_are_chosen_by_name() -> None:

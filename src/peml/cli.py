@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from peml.cli_tasks import tasks_app
 from peml.errors import PemlError
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(tasks_app, name="tasks")
 # Under `accelerate launch` every process runs this file; the first one speaks.
 console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
@@ -107,19 +109,6 @@ def list_methods() -> None:
     console.print(
         "\nAxes: adapter x prompt x regime. To fold is to merge into the weights, or to export as plain LoRA."
     )
-
-
-@app.command(name="tasks")
-def list_tasks(suite: Annotated[str | None, typer.Argument(help="One suite; default all.")] = None) -> None:
-    """List the built-in suites and their tasks."""
-    from peml.tasks import SUITES, suite_tasks
-
-    table = Table("task", "kind", "choices", "metrics", "rows from")
-    for name in SUITES if suite is None else [suite]:
-        for task in suite_tasks(name):
-            choices = task.choices if isinstance(task.choices, str) else ", ".join(task.choices or ("-",))
-            table.add_row(f"{name}/{task.name}", task.kind, choices, ", ".join(task.metrics), str(task.source))
-    console.print(table)
 
 
 @app.command()

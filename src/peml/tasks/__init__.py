@@ -3,7 +3,7 @@
 from peml.tasks.encode import IGNORED, Encoded, Form, encode, encode_all, encode_choices, encode_prompts
 from peml.tasks.metrics import METRICS, Metric, compute
 from peml.tasks.source import FileSource, HubSource, Source, Split, ToySource
-from peml.tasks.suites import SUITES, suite_tasks
+from peml.tasks.suites import SUITES, SuiteSource, suite_tasks
 from peml.tasks.task import Example, Kind, Task
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Metric",
     "Source",
     "Split",
+    "SuiteSource",
     "Task",
     "ToySource",
     "compute",

@@ -41,12 +41,14 @@ class SuiteEntry(Section):
 
     Args:
         suite: name of the suite.
+        path: local folder with the suite's files in their published form; None: the Hub.
         include, exclude: tasks to take or leave; None: all.
         limit_train, limit_eval: most rows of each task, drawn by seed.
         weight: of each of the tasks in the loss.
     """
 
     suite: str
+    path: str | None = Field(None, min_length=1)
     include: list[str] | None = None
     exclude: list[str] | None = None
     limit_train: int | None = Field(None, gt=0)
@@ -113,7 +115,8 @@ def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
     """Tasks of one entry; nothing is read yet."""
     limits: dict[str, Any] = {"limit_train": entry.limit_train, "limit_eval": entry.limit_eval, "seed": seed}
     if isinstance(entry, SuiteEntry):
-        tasks = suite_tasks(entry.suite, entry.include, entry.exclude)
+        folder = entry.path and str(Path(entry.path).expanduser())
+        tasks = suite_tasks(entry.suite, entry.include, entry.exclude, folder)
         return [dataclasses.replace(t, source=dataclasses.replace(t.source, **limits)) for t in tasks]
     path = str(Path(entry.path).expanduser())
     is_file = Path(path).suffix.lower() in READERS and not Path(path).is_dir()
