@@ -137,6 +137,8 @@ class Task:
         turns, prompt, raw = self._asked(row, where)
         texts = tuple(_render(text, row, f"{where}: `texts`").strip() for text in self.texts)
         answer, value = self.labels.get(raw.lower(), raw), None
+        if not answer:
+            raise PemlError(f"{where}: the answer ({self.answer!r}) is empty; fill it in or drop the row")
         if self.kind == "regress":
             value, answer = self._number(answer, where)
         choices = self._choices(row, where)
@@ -184,8 +186,6 @@ class Task:
             raw = _render(template, row, f"{where}: `answer`").strip()
         else:
             raw = _as_text(_field(row, template, f"{where}: `answer`"), f"{where}: field {template!r}")
-        if not raw:
-            raise PemlError(f"{where}: the answer ({template!r}) is empty; fill it in or drop the row")
         return raw
 
     def _choices(self, row: Row, where: str) -> tuple[str, ...]:
