@@ -105,7 +105,15 @@ def _near_misses(path: Path) -> str:
     return f"its folder has {', '.join(readable[:10])}" if readable else "its folder has no file with rows"
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str | PemlError]]:
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a file with their numbers; one that is not UTF-8 stops with an error that names it."""
+    for number, line in _decoded(path):
+        if isinstance(line, PemlError):
+            raise line
+        yield number, line
+
+
+def _decoded(path: Path) -> Iterator[tuple[int, str | PemlError]]:
     r"""Lines with their numbers; only "\n" ends a line, for texts contain the other separators of Unicode."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -118,7 +126,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str | PemlError]]:
 
 def _read_jsonl(path: Path) -> Iterator[Item]:
     blank: list[int] = []
-    for number, line in _lines(path):
+    for number, line in _decoded(path):
         origin = f"{path}:{number}"
         if isinstance(line, str) and not line.strip():
             blank.append(number)
@@ -140,10 +148,10 @@ def _parsed(line: str, origin: str) -> Row | PemlError:
 
 
 def _read_json(path: Path) -> Iterator[Item]:
-    lines = list(_lines(path))
-    broken = [(line, f"{path}:{number}") for number, line in lines if isinstance(line, PemlError)]
+    decoded = list(_decoded(path))
+    broken = [(line, f"{path}:{number}") for number, line in decoded if isinstance(line, PemlError)]
     yield from broken
-    text = "".join(line for _, line in lines if isinstance(line, str))
+    text = "".join(line for _, line in decoded if isinstance(line, str))
     if broken or not text.strip():
         return
     try:
@@ -170,7 +178,7 @@ class _Tape:
     """Lines of a file for `csv`, which can be wound back to the second line of the row that is being read."""
 
     def __init__(self, path: Path) -> None:
-        self.lines = _lines(path)
+        self.lines = _decoded(path)
         self.row: list[tuple[int, str | PemlError]] = []
         self.again: list[tuple[int, str | PemlError]] = []
 
