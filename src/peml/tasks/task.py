@@ -82,7 +82,7 @@ class Task:
         metrics: names from `peml.tasks.metrics`; the first is the one that averages over tasks are made of.
         max_new_tokens: longest answer that a `generate` task may write.
         length_normalization: divide the score of an option by its length in bytes.
-        chat: whether the prompt is a user's turn, which the tokeniser's chat template renders. Conversations always are.
+        chat: whether the prompt is asked as a user's turn of the chat template, as conversations always are.
         source: where the rows come from.
     """
 
@@ -107,7 +107,9 @@ class Task:
             raise self._mistake("kind", f"must be one of {', '.join(get_args(Kind))}, not {self.kind!r}")
         for key, template in (("prompt", self.prompt), ("answer", self.answer)):
             if template is None and (self.prompt or self.answer):
-                raise self._mistake(key, "is missing: give both `prompt` and `answer`, or neither for rows as TRL has them")
+                raise self._mistake(
+                    key, "is missing: give both `prompt` and `answer`, or neither for rows as TRL has them"
+                )
             if template is not None:
                 self._check_template(key, template)
         object.__setattr__(self, "texts", (self.texts,) if isinstance(self.texts, str) else tuple(self.texts))
@@ -168,7 +170,9 @@ class Task:
                 )
             turns, raw = (), self._answer(self.answer, row, where)
         if turns and self.chat is False:
-            raise PemlError(f"{where}: the row is a conversation, which needs the chat template; leave out `chat: false`")
+            raise PemlError(
+                f"{where}: the row is a conversation, which needs the chat template; leave out `chat: false`"
+            )
         return turns or ((("user", prompt.strip()),) if self.chat else ()), prompt, raw
 
     def _number(self, answer: str, where: str) -> tuple[float, str]:
