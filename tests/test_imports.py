@@ -30,6 +30,7 @@ ROOMS = [
     "attached",
     "merging",
     "prompting",
+    "answering",
     "growth",
     "tuner",
     "_peft",

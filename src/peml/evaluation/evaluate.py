@@ -8,8 +8,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from peml.errors import PemlError
-from peml.evaluation.scoring import Advance, best_choice, generate_answers, log_likelihoods
-from peml.tasks.encode import IGNORED, encode_choices
+from peml.evaluation.heads import head_answers
+from peml.evaluation.scoring import ENCODE_CHOICES, Advance, best_choice, generate_answers, log_likelihoods
+from peml.tasks.encode import IGNORED, Form
 from peml.tasks.metrics import compute
 from peml.tasks.task import Example, Task
 
@@ -22,20 +23,23 @@ def evaluate_tasks(
     *,
     max_length: int,
     batch_size: int,
+    form: Form = "causal",
     tasks_kwarg: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, float]]:
     """The metrics of each task, with `n`, the number of examples, and `loss`.
 
-    The loss is the mean of -log p(token | what precedes) over the tokens of the right answers, without end.
+    The loss is the mean of -log p(token | what precedes) over the tokens of the right answers; of heads, the mean over
+    rows of what they are trained on.
 
     Args:
-        model: a causal language model; it keeps its training mode.
+        model: a language model, or an encoder with heads; it keeps its training mode.
         tokenizer: its tokeniser.
         examples_by_task: what to evaluate on.
         tasks: the tasks by name; they say how their examples are answered and measured.
         max_length: longest sequence in tokens.
         batch_size: sequences per batch.
+        form: how the model answers.
         tasks_kwarg: whether the model takes `tasks=[name per row]`; a plain model does not.
         progress: shows one line per task, if given.
     """
@@ -47,9 +51,14 @@ def evaluate_tasks(
     results = {}
     for name, examples in examples_by_task.items():
         advance = _advance(progress, tasks[name], examples)
-        predictions, loss = _answers(
-            model, tokenizer, examples, tasks[name], max_length, batch_size, tasks_kwarg, advance
-        )
+        if form == "heads":
+            predictions, loss = head_answers(
+                model, tokenizer, examples, max_length=max_length, batch_size=batch_size, progress=advance
+            )
+        else:
+            predictions, loss = _answers(
+                model, tokenizer, examples, tasks[name], form, max_length, batch_size, tasks_kwarg, advance
+            )
         results[name] = _measure(tasks[name], predictions, examples) | {
             "n": float(len(examples)),
             "loss": loss,
@@ -69,16 +78,17 @@ def _answers(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     task: Task,
+    form: Form,
     max_length: int,
     batch_size: int,
     tasks_kwarg: bool,
     advance: Advance | None,
 ) -> tuple[list[str], float]:
     """Predicted texts and the loss; one pass gives both where the right answer is among the options."""
-    groups = encode_choices(tokenizer, examples, max_length)
+    groups = ENCODE_CHOICES[form](tokenizer, examples, max_length)
     flat = [encoded for group in groups for encoded in group]
     names = [task.name] * len(flat) if tasks_kwarg else None
-    values = iter(log_likelihoods(model, tokenizer, flat, names, batch_size=batch_size, progress=advance))
+    values = iter(log_likelihoods(model, tokenizer, flat, names, form=form, batch_size=batch_size, progress=advance))
     scores = [list(islice(values, len(group))) for group in groups]
 
     right = [e.choices.index(e.answer) if e.choices else 0 for e in examples]
@@ -94,6 +104,7 @@ def _answers(
             examples,
             max_length=max_length,
             max_new_tokens=task.max_new_tokens,
+            form=form,
             batch_size=batch_size,
             tasks_kwarg=tasks_kwarg,
             # A model that was not taught to stop goes on in a new line, unless answers have several.

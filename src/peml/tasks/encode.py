@@ -212,11 +212,16 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
 
 def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Special tokens that the tokeniser puts in front; those that it puts at the end are left out."""
+    return _special_ids(tokenizer)[0]
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Special tokens that the tokeniser puts in front of a text, and behind it."""
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     full: list[int] = tokenizer("a")["input_ids"]
     added = len(full) - len(bare)
     front = next((n for n in range(added + 1) if full[n : n + len(bare)] == bare), 0)
-    return full[:front]
+    return full[:front], full[front + len(bare) :]
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:

@@ -73,10 +73,10 @@ def train(
             return folder
     with console.status("reading rows, loading the model"):
         bench = workbench or prepare(recipe)
-        rows = TaskRows.encode(bench.tokenizer, bench.train, bench.max_length)
+        rows = TaskRows.encode(bench.tokenizer, bench.train, bench.max_length, bench.form)
         shortened = {"training": rows.truncated(), "evaluation": bench.check()}
         set_seed(recipe.seed)
-        model = attach(bench.model, recipe.config())
+        model = attach(bench.model, bench.config())
         distillation = None if stage.begin is None else stage.begin(model)
     data = {"rows": {n: [len(bench.train[n]), len(bench.eval[n])] for n in bench.tasks}, "sha256": rows.digest()}
     checkpoint = folder.last_checkpoint() if resume else None
@@ -100,7 +100,8 @@ def train(
                 if count_:
                     console.print(Text(f"{task}: {count_} {kind} prompts lose their beginning to max_length", "yellow"))
         metrics["data"] = data
-        if "before" not in metrics and recipe.evaluate_before:
+        # Without its heads an encoder has no answer.
+        if "before" not in metrics and recipe.evaluate_before and bench.form != "heads":
             with model.disable_adapter():
                 metrics["before"] = bench.evaluate(model, progress)
         if main:
@@ -184,7 +185,7 @@ def _trainer(
             finetune_fraction=recipe.setting("finetune_fraction"),
             distillation=distillation,
             evaluate_tasks=bench.evaluate,
-            data_collator=Collator(_pad_token(bench.tokenizer)),
+            data_collator=Collator(_pad_token(bench.tokenizer), bench.form),
             processing_class=bench.tokenizer,
             callbacks=[log],
         )

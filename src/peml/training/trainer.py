@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from peml.errors import PemlError
 from peml.mixing import Mixing, MixtureSampler
-from peml.training.data import Collator, TaskRows
+from peml.training.data import Collator, TaskRows, call_of
 from peml.training.distillation import Distillation
 from peml.training.loss import LossMeter, by_task, row_counts, row_losses, task_mean
 from peml.tuner import PemlModel
@@ -82,6 +82,8 @@ class MultiTaskTrainer(Trainer):
         if config is None or self.task_names != config.task_names:
             trained = "none" if config is None else ", ".join(config.task_names)
             raise PemlError(f"the data has the tasks {', '.join(self.task_names)}, the active adapter {trained}")
+        if (self.form == "heads") != (config.heads is not None):
+            raise PemlError("rows that were encoded for heads, and no others, need an adapter with heads")
         self._rates = {
             "prompt": prompt_learning_rate,
             "prompt per task": task_prompt_learning_rate,
@@ -93,7 +95,7 @@ class MultiTaskTrainer(Trainer):
         self._meter = LossMeter(self.task_names)
         self._penalties: dict[str, Tensor] = {}
         pad = getattr(kwargs.get("processing_class"), "pad_token_id", None)
-        kwargs.setdefault("data_collator", Collator(pad if isinstance(pad, int) else 0))
+        kwargs.setdefault("data_collator", Collator(pad if isinstance(pad, int) else 0, self.form))
         if evaluate_tasks is not None:
             # Never read, since `evaluate` is overridden; without one transformers refuses an `eval_strategy`.
             kwargs.setdefault("eval_dataset", train_dataset)
@@ -125,11 +127,11 @@ class MultiTaskTrainer(Trainer):
     ) -> Any:
         """Task-mean loss of the answers, plus the penalties of prompt and features."""
         labels, tasks = inputs["labels"], inputs["tasks"]
-        given = {k: v for k, v in inputs.items() if k != "labels"}
+        given = call_of(self.form, self.tuner.model, inputs)
         if self._distillation is not None:
             given["output_hidden_states"] = True
         outputs = model(**given)
-        losses = row_losses(self.form, outputs.logits, labels, self.args.label_smoothing_factor)
+        losses = self._row_losses(outputs.logits, labels, tasks)
         sums = by_task(losses, tasks, len(self.task_names))
         tokens = by_task(row_counts(self.form, labels), tasks, len(self.task_names))
         if model.training:
@@ -143,6 +145,13 @@ class MultiTaskTrainer(Trainer):
         self._penalties = {name: term.detach() for name, term in terms.items()}
         loss = loss + sum(terms.values(), 0.0) / getattr(self, "current_gradient_accumulation_steps", 1)
         return (loss, outputs) if return_outputs else loss
+
+    def _row_losses(self, logits: Tensor, labels: Tensor, tasks: Sequence[int]) -> Tensor:
+        config, smoothing = self.tuner.config_in_force, self.args.label_smoothing_factor
+        if self.form == "heads":
+            assert config is not None and config.heads is not None
+            return config.heads.losses(logits, labels, tasks, smoothing)
+        return row_losses(self.form, logits, labels, smoothing)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group per part: adapter, adapter per task (no decay), prompt, architecture (no decay)."""
@@ -239,7 +248,7 @@ def parameter_groups(
     for part in ("adapter", "prompt"):
         parts[f"{part} per task"] = [p for p in parts[part] if id(p) in stacked]
         parts[part] = [p for p in parts[part] if id(p) not in stacked]
-    own = {"adapter": args.learning_rate, "adapter per task": args.learning_rate}
+    own = {"adapter": args.learning_rate, "adapter per task": args.learning_rate, "heads": args.learning_rate}
     config = tuner.config_in_force
     if config is not None and config.prompt is not None:
         shared = rates.get("prompt")
@@ -251,7 +260,7 @@ def parameter_groups(
     decays = {"adapter": args.weight_decay, "prompt": args.weight_decay}
     return [
         {"name": name, "params": trainable, "lr": own[name], "weight_decay": decays.get(name, 0.0)}
-        for name in ("adapter", "adapter per task", "prompt", "prompt per task", "architecture")
+        for name in ("adapter", "adapter per task", "prompt", "prompt per task", "architecture", "heads")
         if (trainable := [p for p in parts[name] if p.requires_grad])
     ]
 
