@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,3 +49,26 @@ def list_tasks(suite: Annotated[str | None, typer.Argument(help="One suite; defa
             choices = task.choices if isinstance(task.choices, str) else ", ".join(task.choices or ("-",))
             table.add_row(f"{name}/{task.name}", task.kind, choices, ", ".join(task.metrics), str(task.source))
     console.print(table)
+
+
+@tasks_app.command(name="check")
+def check_tasks(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the tokenizer that measures lengths; default the recipe's.")
+    ] = None,
+    show: Annotated[int, typer.Option(min=1, help="Problems shown of each file.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Read every row of every task before any training; exit code 2 if training would stop."""
+    from peml.cli_report import show_report
+    from peml.training.check import check_tasks
+
+    with Console(quiet=as_json or not console.is_terminal).status("reading rows"):
+        report = check_tasks(recipe, model)
+    if as_json:
+        print(json.dumps(report.to_dict(show), indent=2))
+    else:
+        show_report(report, show, console)
+    if not report.clean:
+        raise typer.Exit(2)
