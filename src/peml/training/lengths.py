@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from peml.errors import PemlError
 from peml.evaluation.scoring import ENCODE_CHOICES
 from peml.tasks import Example, Form, Split, Task, encode_prompts
-from peml.tasks.encode import Encoded
+from peml.tasks.encode import Encoded, count_tokens, token_counts
 from peml.training.arguments import one_line
 from peml.training.data import ENCODE
 from peml.training.recipe import Recipe
@@ -20,6 +20,9 @@ from peml.training.workbench import form_for, longest_row, model_path
 
 ENDLESS = 1_000_000
 """Longer than any row: what is encoded up to here is not cut."""
+
+SHORT = 4
+"""Rows of fewer tokens are looked at closely."""
 
 Encode = Callable[[Sequence[Example], int], list[Encoded]]
 
@@ -86,66 +89,71 @@ def measure(
 
     Training rows are measured with their right answer, those of evaluation as they are evaluated.
     """
-    if split == "eval" and reader.form != "heads":
-        encode = _longest_choice(reader)
-    else:
-        encode = _bound(ENCODE[reader.form], reader)
-    problems: list[tuple[str, PemlError]] = []
-    lengths, answers, long = [], [], []
-    for example, row in _each(encode, examples, ENDLESS):
-        if isinstance(row, PemlError):
-            problems.append((example.origin, row))
-            if not str(row).startswith(example.origin):
-                return None, [("", row)]  # it is not the row: the model cannot read this task
-            continue
-        lengths.append(len(row.input_ids))
-        answers.append(len(row.labels) if reader.form == "seq2seq" else sum(label >= 0 for label in row.labels))
-        if max(lengths[-1], answers[-1]) > reader.max_length:
-            long.append(example)
-    cut = 0
-    for example, row in _each(encode, long, reader.max_length):
-        if isinstance(row, PemlError):
-            problems.append((example.origin, row))
-        else:
-            cut += row.truncated
-    unwritable = 0
-    if split == "eval" and task.kind in ("generate", "regress") and reader.form != "heads":
-        unwritable = sum(answer > task.max_new_tokens for answer in answers)
-        if reader.form == "causal":
-            more, cut = _prompts(task, examples, reader)
-            known = {origin for origin, _ in problems}
-            problems += [each for each in more if each[0] not in known]
-    if not lengths:
-        return None, problems
+    encode = _encoder(split, reader)
+    ((_, first),) = _each(encode, examples[:1], ENDLESS)
+    if isinstance(first, PemlError) and not str(first).startswith(examples[0].origin):
+        return None, [("", first)]  # it is not the row: the model cannot read this task
+    writes = split == "eval" and task.kind in ("generate", "regress") and reader.form != "heads"
+    counts, problems = _counts(split, examples, reader)
+    # A row that is too long is cut or refused; one that is very short may have no token of its own.
+    odd = [e for e, row, answer in counts if max(row, answer) > reader.max_length or row < SHORT or not answer]
+    cut = _try(encode, odd, reader.max_length, problems)
+    if writes and reader.form == "causal":
+        tight = [e for e, row, _ in counts if row + task.max_new_tokens > reader.max_length]
+        cut = _try(_prompts(task, reader), tight, reader.max_length, problems)
+    unwritable = sum(answer > task.max_new_tokens for _, _, answer in counts) if writes else 0
+    if not counts:
+        return None, list(problems.items())
+    lengths = [row for _, row, _ in counts]
     median, most, longest = (int(value) for value in np.percentile(lengths, (50, 95, 100), method="higher"))
-    return Lengths(median, most, longest, cut, unwritable), problems
+    return Lengths(median, most, longest, cut, unwritable), list(problems.items())
 
 
-def _prompts(task: Task, examples: Sequence[Example], reader: Reader) -> tuple[list[tuple[str, PemlError]], int]:
-    """Prompts that leave no room to write an answer, and how many are cut for it."""
+def _counts(
+    split: Split, examples: Sequence[Example], reader: Reader
+) -> tuple[list[tuple[Example, int, int]], dict[str, PemlError]]:
+    """Tokens of each row and of its answer; and the rows that cannot be encoded at any length."""
+    if reader.form == "causal":
+        rows: list[int] = []
+        for start in range(0, len(examples), 1000):
+            batch = examples[start : start + 1000]
+            rows += token_counts(reader.tokenizer, batch, "answer" if split == "train" else "choices")
+        alone = sorted({f" {example.answer}" for example in examples})
+        answers = dict(zip(alone, count_tokens(reader.tokenizer, alone), strict=True))
+        return [(e, row, answers[f" {e.answer}"]) for e, row in zip(examples, rows, strict=True)], {}
+    counts, problems = [], {}
+    for example, encoded in _each(_encoder(split, reader), examples, ENDLESS):
+        if isinstance(encoded, PemlError):
+            problems[example.origin] = encoded
+        else:
+            counts.append((example, len(encoded.input_ids), 1 if reader.form == "heads" else len(encoded.labels)))
+    return counts, problems
 
-    def encode(some: Sequence[Example], max_length: int) -> list[Encoded]:
-        return encode_prompts(reader.tokenizer, some, max_length, task.max_new_tokens)
 
-    problems, cut = [], 0
-    for example, row in _each(encode, examples, reader.max_length):
+def _try(encode: Encode, examples: Sequence[Example], max_length: int, problems: dict[str, PemlError]) -> int:
+    """How many rows are cut; those that cannot be encoded are added to the problems."""
+    cut = 0
+    for example, row in _each(encode, examples, max_length):
         if isinstance(row, PemlError):
-            problems.append((example.origin, row))
+            problems.setdefault(example.origin, row)
         else:
             cut += row.truncated
-    return problems, cut
+    return cut
 
 
-def _bound(encode: Callable[..., list[Encoded]], reader: Reader) -> Encode:
-    return lambda examples, max_length: encode(reader.tokenizer, examples, max_length)
+def _prompts(task: Task, reader: Reader) -> Encode:
+    return lambda examples, max_length: encode_prompts(reader.tokenizer, examples, max_length, task.max_new_tokens)
 
 
-def _longest_choice(reader: Reader) -> Encode:
-    def encode(examples: Sequence[Example], max_length: int) -> list[Encoded]:
+def _encoder(split: Split, reader: Reader) -> Encode:
+    if split == "train" or reader.form == "heads":
+        return lambda examples, max_length: ENCODE[reader.form](reader.tokenizer, examples, max_length)
+
+    def longest(examples: Sequence[Example], max_length: int) -> list[Encoded]:
         groups = ENCODE_CHOICES[reader.form](reader.tokenizer, examples, max_length)
         return [max(group, key=lambda row: (len(row.input_ids), len(row.labels))) for group in groups]
 
-    return encode
+    return longest
 
 
 def _each(
