@@ -198,6 +198,24 @@ def test_plain_and_conversation_mix_in_one_call() -> None:
     assert tokenizer.decode(both[0].input_ids) == "<s>Hello Fine.</s>"
 
 
+def test_answered_examples_come_in_the_users_turn_and_the_first_go_first(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"x": f"word{n}", "y": "yes"} for n in range(30)])
+    shots = task(source=FileSource(train=path), prompt="{{ x }}?", answer="y", few_shot=3, chat=True)
+    example = shots.examples("eval")[0]
+    assert example.turns == (("user", example.prompt),) and example.prompt.count("yes") == 3
+    tokenizer = chat_tokenizer()
+    whole = encode(tokenizer, example, 400)
+    cut = encode(tokenizer, example, len(whole.input_ids) - 1)
+    text = tokenizer.decode(cut.input_ids)
+    assert cut.truncated and text.count("? yes") == 2 and text.startswith("<|im_start|>user\nword")
+    (prompt,) = encode_prompts(tokenizer, [example], len(whole.input_ids) - 1, 4)
+    assert tokenizer.decode(prompt.input_ids) == text[: -len("yes<|im_end|>")]
+    with pytest.raises(PemlError, match="`few_shot` does not go with rows of several turns"):
+        turns = said((*TURNS, ("assistant", "x")))
+        talks = write_rows(tmp_path / "talk.jsonl", [{"messages": turns}] * 30)
+        task(source=FileSource(train=talks), few_shot=2).examples("eval")
+
+
 def test_a_model_without_a_chat_template_is_refused_by_task() -> None:
     for call in (
         lambda tokenizer: encode(tokenizer, talk(), 300),

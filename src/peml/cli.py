@@ -63,7 +63,7 @@ def evaluate(
     ] = "",
 ) -> None:
     """Measure a run on every task."""
-    from peml.evaluation import average
+    from peml.evaluation import average, suite_averages
     from peml.training.folder import RunFolder
     from peml.training.progress import progress_bar
     from peml.training.run import open_run
@@ -81,9 +81,11 @@ def evaluate(
             with tuner.ablated(part):
                 results[f"without {part}"] = bench.evaluate(model, progress)
     averages = {name: average(scores, bench.tasks) for name, scores in results.items()}
+    suites = {name: suite_averages(scores, bench.tasks) for name, scores in results.items()}
+    whole = {**results, "average": averages, "suites": suites}
     run = RunFolder.existing(folder)
-    run.write_json(run.evaluation, {**results, "average": averages})
-    console.print(_scores({**results, "average": averages}, list(results)))
+    run.write_json(run.evaluation, whole)
+    console.print(_scores(whole, list(results)))
 
 
 @app.command(name="inspect")
@@ -131,12 +133,17 @@ def _scores(metrics: dict[str, Any], columns: list[str]) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     for task, scores in metrics[columns[-1]].items():
+        # The score of a task with one metric is that metric.
+        hidden = {"n"} if len(scores.keys() - {"n", "loss", "score"}) > 1 else {"n", "score"}
         for metric in scores:
-            if metric != "n":
+            if metric not in hidden:
                 cells = [f"{metrics[column][task][metric]:.3f}" for column in columns]
                 table.add_row(escape(f"{task} (n {scores['n']:.0f})"), metric, *cells)
     table.add_section()
-    table.add_row("average", "first metric", *[f"{metrics['average'][c]:.3f}" for c in columns], style="bold")
+    suites = metrics.get("suites", {})
+    for suite in suites.get(columns[-1], {}):
+        table.add_row(escape(suite), "suite", *[f"{suites[c][suite]:.3f}" for c in columns])
+    table.add_row("average", "score", *[f"{metrics['average'][c]:.3f}" for c in columns], style="bold")
     return table
 
 

@@ -11,7 +11,8 @@ from peml.errors import PemlError
 from peml.evaluation.heads import head_answers
 from peml.evaluation.scoring import ENCODE_CHOICES, Advance, best_choice, generate_answers, log_likelihoods
 from peml.tasks.encode import IGNORED, Form
-from peml.tasks.metrics import compute
+from peml.tasks.metrics import Answers, compute
+from peml.tasks.suites import SUITES
 from peml.tasks.task import Example, Task
 
 
@@ -27,7 +28,7 @@ def evaluate_tasks(
     tasks_kwarg: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, float]]:
-    """The metrics of each task, with `n`, the number of examples, and `loss`.
+    """The metrics of each task, with its `score`, `n`, the number of examples, and `loss`.
 
     The loss is the mean of -log p(token | what precedes) over the tokens of the right answers; of heads, the mean over
     rows of what they are trained on.
@@ -59,18 +60,68 @@ def evaluate_tasks(
             predictions, loss = _answers(
                 model, tokenizer, examples, tasks[name], form, max_length, batch_size, tasks_kwarg, advance
             )
-        results[name] = _measure(tasks[name], predictions, examples) | {
+        results[name] = measure(tasks[name], predictions, examples) | {
             "n": float(len(examples)),
             "loss": loss,
         }
     return results
 
 
+def score(values: Mapping[str, float], task: Task) -> float:
+    """What one task counts in averages: the mean of its `score` metrics, those that its rows could be measured by."""
+    known = [values[name] for name in task.score if name in values]
+    return sum(known) / len(known) if known else values[task.metrics[0]]
+
+
 def average(results: Mapping[str, Mapping[str, float]], tasks: Mapping[str, Task]) -> float:
-    """Mean over the tasks of the first metric of each."""
+    """Mean over the tasks of the score of each."""
     if not results:
         raise PemlError("there are no results to average")
-    return sum(values[tasks[name].metrics[0]] for name, values in results.items()) / len(results)
+    return sum(score(values, tasks[name]) for name, values in results.items()) / len(results)
+
+
+def suite_averages(results: Mapping[str, Mapping[str, float]], tasks: Mapping[str, Task]) -> dict[str, float]:
+    """The average of every suite, and of every group of one, whose tasks are all there, as its authors define it.
+
+    GLUE and SuperGLUE: the mean over tasks, of two metrics their mean first. MMLU: over all questions alike.
+    """
+    averages = {}
+    for name, suite in SUITES.items():
+        there = {task: values for task, values in results.items() if tasks[task].suite == name}
+        if not there:
+            continue
+        for group, members in {name: tuple(suite.tasks())}.items() | {
+            (f"{name}/{group}", members) for group, members in suite.groups.items()
+        }:
+            if not set(members) <= set(there):
+                continue
+            weights = [there[task]["n"] if suite.by_rows else 1.0 for task in members]
+            scores = [score(there[task], tasks[task]) for task in members]
+            averages[group] = sum(w * s for w, s in zip(weights, scores, strict=True)) / sum(weights)
+    return averages
+
+
+def measure(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """The metrics of a task, and `score`, what it counts in averages.
+
+    A metric of a group that none of the rows belongs to is left out.
+    """
+    answers = Answers(
+        predictions,
+        [e.answer if e.value is None else repr(e.value) for e in examples],
+        task.choices if isinstance(task.choices, tuple) else (),
+        [e.group for e in examples],
+        [e.references for e in examples],
+    )
+    there = {example.group for example in examples}
+    names = [name for name in task.metrics if "/" not in name or name.partition("/")[2] in there]
+    if not names:
+        raise PemlError(f"task {task.name!r}: no row belongs to a group that its metrics {task.metrics} measure")
+    try:
+        values = {name: compute(name, answers) for name in names}
+    except PemlError as error:
+        raise PemlError(f"task {task.name!r}: {error}") from error
+    return values | {"score": score(values, task)}
 
 
 def _answers(
@@ -112,15 +163,6 @@ def _answers(
             progress=advance,
         )
     return predictions, -gain / tokens
-
-
-def _measure(task: Task, predictions: list[str], examples: Sequence[Example]) -> dict[str, float]:
-    choices = task.choices if isinstance(task.choices, tuple) else ()
-    references = [e.answer if e.value is None else repr(e.value) for e in examples]
-    try:
-        return {name: compute(name, predictions, references, choices) for name in task.metrics}
-    except PemlError as error:
-        raise PemlError(f"task {task.name!r}: {error}") from error
 
 
 def _advance(progress: Progress | None, task: Task, examples: Sequence[Example]) -> Advance | None:

@@ -2,21 +2,22 @@
 
 `peml.tasks.script` says which texts these are. They are tokenised together, as a reader would see them, because
 many tokenisers join the blank with the word behind it. The answer begins where the ids of the context alone end;
-if a token spans that border, it begins with that token. What is too long loses the *beginning* of its text, never
-of its answer; a chat template's head (the system's turn) stays.
+if a token spans that border, it begins with that token. What is too long loses the *beginning* of its prompt, never
+of its answer: whole examples first, the earliest before the others, and only then tokens of the question. A chat
+template's head (the system's turn) stays.
 
 Training, scoring of options and generation all come through `pieces`, so that they cannot disagree.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from peml.errors import PemlError
-from peml.tasks.script import Script, script
+from peml.tasks.script import Script, count_tokens, script, tokenize, with_fewer_shots
 from peml.tasks.task import Example
 
 IGNORED = -100
@@ -116,7 +117,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
 
 def encode_all(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int) -> list[Encoded]:
     """`encode` for many examples, tokenised at once."""
-    return [each.cut(max_length)[0] for each in pieces(tokenizer, examples, "answer")]
+    return [rows[0] for rows in _encode(tokenizer, examples, "answer", max_length)]
 
 
 def encode_choices(
@@ -126,14 +127,27 @@ def encode_choices(
 
     The choices of one example share border and cut: their scores are only comparable given the same context.
     """
-    return [each.cut(max_length) for each in pieces(tokenizer, examples, "choices")]
+    return _encode(tokenizer, examples, "choices", max_length)
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, max_new_tokens: int
 ) -> list[Encoded]:
     """Prompts for generation, cut so that `max_new_tokens` more tokens stay within `max_length`."""
-    return [each.cut_prompt(max_length, max_new_tokens) for each in pieces(tokenizer, examples, "prompt")]
+    return [rows[0] for rows in _encode(tokenizer, examples, "prompt", max_length, max_new_tokens)]
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], use: Use, max_length: int, new: int = 0
+) -> list[list[Encoded]]:
+    room = max_length - new - len(_leading_ids(tokenizer)) - int(use == "answer")
+    fitted = with_fewer_shots(tokenizer, examples, [max(_answers(e, use), key=len, default="") for e in examples], room)
+    made = pieces(tokenizer, fitted, use)
+    cut = [[each.cut_prompt(max_length, new)] if use == "prompt" else each.cut(max_length) for each in made]
+    return [
+        rows if example is whole else [replace(row, truncated=True) for row in rows]
+        for rows, example, whole in zip(cut, fitted, examples, strict=True)
+    ]
 
 
 def token_counts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], use: Use) -> list[int]:
@@ -147,15 +161,6 @@ def token_counts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
         max(next(counts) for _ in group) + (0 if example.turns else lead) + (last[each.end] if closed else 0)
         for example, each, group, closed in zip(examples, scripts, answers, ended, strict=True)
     ]
-
-
-def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[int]:
-    """How many tokens each text has, without special ones."""
-    inner = getattr(tokenizer, "backend_tokenizer", None)
-    if inner is None:
-        return [len(ids) for ids in _tokenize(tokenizer, texts)]
-    # Without the offsets, and without the ids becoming Python's.
-    return [len(encoding) for encoding in inner.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> set[int]:
@@ -179,10 +184,10 @@ def pieces(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], use:
     """
     lead, scripts = _leading_ids(tokenizer), [script(tokenizer, example) for example in examples]
     answers = [_answers(example, use) for example in examples]
-    contexts = _tokenize(tokenizer, [each.context for each in scripts])
-    heads = iter(_tokenize(tokenizer, [each.head for each in scripts if each.head]))
+    contexts = tokenize(tokenizer, [each.context for each in scripts])
+    heads = iter(tokenize(tokenizer, [each.head for each in scripts if each.head]))
     ended = [use == "answer" and not example.choices for example in examples]
-    wholes = iter(_tokenize(tokenizer, _texts(scripts, answers, ended)))
+    wholes = iter(tokenize(tokenizer, _texts(scripts, answers, ended)))
     last = {end: _last(tokenizer, end) for end in {each.end for each in scripts}}
     made = []
     for example, each, context, group, closed in zip(examples, scripts, contexts, answers, ended, strict=True):
@@ -217,17 +222,8 @@ def _last(tokenizer: PreTrainedTokenizerBase, end: str) -> list[int]:
 
 
 def _one_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
-    ids = _tokenize(tokenizer, [text.strip()])[0]
+    ids = tokenize(tokenizer, [text.strip()])[0]
     return ids[0] if len(ids) == 1 else None
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    # Not verbose: prompts above the model's length are cut here, so the tokenizer need not warn of them.
-    encoding = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    ids: list[list[int]] = encoding["input_ids"]
-    return ids
 
 
 def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -43,7 +43,7 @@ def encode_heads(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int) -> list[Encoded]:
-    texts = [example.texts or (example.prompt,) for example in examples]
+    texts = [example.texts or (example.question,) for example in examples]
     columns = [list(column) for column in zip(*texts, strict=True)]
     room = max_length - tokenizer.num_special_tokens_to_add(pair=len(columns) == 2)
     if room < len(columns):

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from peml.errors import PemlError
-from peml.tasks.encode import Encoded, _special_ids, _tokenize
-from peml.tasks.script import script
+from peml.tasks.encode import Encoded, _special_ids
+from peml.tasks.script import script, tokenize, with_fewer_shots
 from peml.tasks.task import Example
 
 
@@ -38,10 +38,12 @@ def _encode(
     max_length: int,
 ) -> list[list[Encoded]]:
     front, back = _special_ids(tokenizer)
-    prompts = _tokenize(tokenizer, [script(tokenizer, example).context for example in examples])
+    room = max_length - len(front) - len(back)
+    fitted = with_fewer_shots(tokenizer, examples, [""] * len(examples), room)
+    prompts = tokenize(tokenizer, [script(tokenizer, example).context for example in fitted])
     targets = iter(tokenizer(text_target=[a for group in answers for a in group], verbose=False)["input_ids"])
     encoded = []
-    for example, prompt, group in zip(examples, prompts, answers, strict=True):
+    for example, whole, prompt, group in zip(fitted, examples, prompts, answers, strict=True):
         labels = [next(targets) for _ in group]
         longest = max(map(len, labels))
         # What a chat template writes has its own special tokens already.
@@ -53,5 +55,5 @@ def _encode(
                 f"{max_length}; raise it or ask for less"
             )
         ids = before + prompt[-room:] + back
-        encoded.append([Encoded(ids, own, len(prompt) > room) for own in labels])
+        encoded.append([Encoded(ids, own, len(prompt) > room or example is not whole) for own in labels])
     return encoded

@@ -5,6 +5,7 @@ up to the generation prompt; the answer follows as the assistant's turn, up to w
 behind that end is left out: nothing is read after it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -82,3 +83,44 @@ def _head(context: str, turns: Turns) -> str:
     first = next((content for role, content in turns if role != "system"), "")
     at = context.find(first, context.find(system) + len(system))
     return context[: max(at, 0)]
+
+
+def with_fewer_shots(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], endings: Sequence[str], room: int
+) -> list[Example]:
+    """The examples without so many of the first shots of their prompts that prompt and ending fit into `room` tokens.
+
+    An example that fits, or has no shots, is itself; one that is too long without shots is cut elsewhere.
+    """
+    fitted = list(examples)
+    pending = [i for i, example in enumerate(fitted) if example.cuts]
+    while pending:
+        scripts = [script(tokenizer, fitted[i]) for i in pending]
+        texts = [
+            each.context + each.glue * bool(endings[i]) + endings[i] for i, each in zip(pending, scripts, strict=True)
+        ]
+        lengths = count_tokens(tokenizer, texts)
+        pending = [i for i, length in zip(pending, lengths, strict=True) if length > room and fitted[i].cuts]
+        for i in pending:
+            cut, *later = fitted[i].cuts
+            fitted[i] = fitted[i].asked(fitted[i].prompt[cut:], tuple(at - cut for at in later))
+    return fitted
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Ids of each text, without special ones of the tokeniser's own."""
+    if not texts:
+        return []
+    # Not verbose: prompts above the model's length are cut later, so the tokenizer need not warn of them.
+    encoding = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    ids: list[list[int]] = encoding["input_ids"]
+    return ids
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[int]:
+    """How many ids each text has."""
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    if inner is None:
+        return [len(ids) for ids in tokenize(tokenizer, texts)]
+    # Without the offsets, and without the ids becoming Python's.
+    return [len(encoding) for encoding in inner.encode_batch_fast(texts, add_special_tokens=False)]

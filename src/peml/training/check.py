@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from peml.errors import PemlError
-from peml.tasks import Example, Split, Task, compute
+from peml.evaluation.evaluate import measure as score
+from peml.tasks import Example, Split, Task
 from peml.tasks.encode_heads import check_heads
+from peml.tasks.files import Row
+from peml.tasks.task import after
 from peml.training.lengths import Lengths, Reader, load_reader, measure
 from peml.training.recipe import Recipe, load_recipe
 
@@ -159,35 +162,51 @@ def check_task(task: Task, reader: Reader | None = None) -> TaskCheck:
 
 
 def _examples(task: Task, found: TaskCheck) -> dict[Split, list[Example]]:
-    made: dict[Split, list[Example | None]] = {}
-    for use in SPLITS if task.source.has_eval else SPLITS[:1]:
-        made[use] = list(_scan(task, use, found))
-    examples: dict[Split, list[Example]] = {}
+    """The examples of each split as they are trained and measured on; rows that limits leave out are looked at too."""
+    own = task.source.has_eval
+    readable = {use: list(_readable(task, use, found)) for use in (SPLITS if own else SPLITS[:1])}
+    chosen: dict[Split, set[int]] = {}
     for split in SPLITS:
-        rows, chosen = made[split if task.source.has_eval else "train"], []
         try:
-            chosen = task.source.chosen(len(rows), split).tolist()
+            chosen[split] = set(task.source.chosen(len(readable[split if own else "train"]), split).tolist())
         except PemlError as error:
+            chosen[split] = set()
             # With problems, too few rows are their consequence.
             if not found.problems:
                 found.add(error)
-        examples[split] = [row for index in chosen if (row := rows[index]) is not None]
-    return examples
+    examples: dict[Split, list[Example]] = {split: [] for split in SPLITS}
+    for split in SPLITS:
+        for index, (row, origin) in enumerate(readable[split if own else "train"]):
+            wanted = index in chosen[split]
+            if not wanted and not own and (split == "eval" or index in chosen["eval"]):
+                continue  # it is a row of the other split
+            try:
+                example = task.example(row, origin, split)
+            except PemlError as error:
+                found.add(error, origin)
+            else:
+                examples[split] += [example] * wanted
+    return _with_shots(task, examples, found)
 
 
-def _scan(task: Task, split: Split, found: TaskCheck) -> Iterator[Example | None]:
-    """An example for every row that can be read, or None if it is bad all the same."""
-    for row, origin in task.source.scan(split):
+def _readable(task: Task, use: Split, found: TaskCheck) -> Iterator[tuple[Row, str]]:
+    for row, origin in task.source.scan(use):
         if isinstance(row, PemlError):
             found.add(row, origin)
-            continue
-        try:
-            example = task.example(row, origin)
-        except PemlError as error:
-            found.add(error, origin)
-            yield None
         else:
-            yield example
+            yield row, origin
+
+
+def _with_shots(task: Task, examples: dict[Split, list[Example]], found: TaskCheck) -> dict[Split, list[Example]]:
+    if not task.few_shot or found.problems:
+        return examples
+    try:
+        shots = task.shots()
+        kept = {shot.origin for shot in shots}
+        return {split: [after(shots, e) for e in rows if e.origin not in kept] for split, rows in examples.items()}
+    except PemlError as error:
+        found.add(error)
+        return examples
 
 
 def _answers(task: Task, examples: Sequence[Example]) -> dict[str, float]:
@@ -233,7 +252,8 @@ def _compare(train: Sequence[Example], evaluation: Sequence[Example], found: Tas
 
 
 def _asked(example: Example) -> str:
-    return _plain("\n".join((example.prompt, *example.texts, *example.choices)))
+    # Of several templates for the prompt a row has one or another; its texts stay.
+    return _plain("\n".join((*(example.texts or (example.question,)), *example.choices)))
 
 
 def _plain(text: str) -> str:
@@ -256,12 +276,11 @@ def _measure(task: Task, split: Split, examples: Sequence[Example], reader: Read
 
 def _score(task: Task, examples: Sequence[Example], found: TaskCheck) -> None:
     """Metrics that cannot measure the right answers would fail after the training."""
-    answers = [e.answer if e.value is None else repr(e.value) for e in examples]
-    for metric in task.metrics if answers else ():
-        try:
-            compute(metric, answers, answers, task.choices if isinstance(task.choices, tuple) else ())
-        except PemlError as error:
-            found.add(PemlError(f"task {task.name!r}: {error}"))
+    try:
+        if examples:
+            score(task, [e.answer if e.value is None else repr(e.value) for e in examples], examples)
+    except PemlError as error:
+        found.add(error)
 
 
 def _placed(message: str, origin: str) -> Problem:

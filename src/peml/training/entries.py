@@ -42,7 +42,8 @@ class SuiteEntry(Section):
     Args:
         suite: name of the suite.
         path: local folder with the suite's files in their published form; None: the Hub.
-        include, exclude: tasks to take or leave; None: all.
+        include, exclude: tasks, or groups of tasks, to take or leave; None: all.
+        few_shot: answered examples in front of each prompt.
         limit_train, limit_eval: most rows of each task, drawn by seed.
         weight: of each of the tasks in the loss.
     """
@@ -51,6 +52,7 @@ class SuiteEntry(Section):
     path: str | None = Field(None, min_length=1)
     include: list[str] | None = None
     exclude: list[str] | None = None
+    few_shot: int = Field(0, ge=0)
     limit_train: int | None = Field(None, gt=0)
     limit_eval: int | None = Field(None, gt=0)
     weight: float = Field(1.0, gt=0)
@@ -82,7 +84,7 @@ class OwnEntry(Section):
     limit_train: int | None = Field(None, gt=0)
     limit_eval: int | None = Field(None, gt=0)
     kind: Literal["choose", "generate", "classify", "regress"] | None = None
-    prompt: str | None = None
+    prompt: Annotated[list[str], Field(min_length=1)] | str | None = None
     texts: Texts | str = []
     answer: str | None = None
     choices: Texts | str | None = None
@@ -132,7 +134,10 @@ def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
     if isinstance(entry, SuiteEntry):
         folder = entry.path and str(Path(entry.path).expanduser())
         tasks = suite_tasks(entry.suite, entry.include, entry.exclude, folder)
-        return [dataclasses.replace(t, source=dataclasses.replace(t.source, **limits)) for t in tasks]
+        return [
+            dataclasses.replace(t, few_shot=entry.few_shot, source=dataclasses.replace(t.source, **limits))
+            for t in tasks
+        ]
     path = str(Path(entry.path).expanduser())
     is_file = (Path(path).suffix.lower() in READERS or Path(path).is_file()) and not Path(path).is_dir()
     held_out = entry.eval_fraction
@@ -163,7 +168,7 @@ def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
         Task(
             name=entry.name,
             kind=entry.kind or "generate",
-            prompt=entry.prompt,
+            prompt=tuple(entry.prompt) if isinstance(entry.prompt, list) else entry.prompt,
             texts=(entry.texts,) if isinstance(entry.texts, str) else tuple(entry.texts),
             answer=entry.answer,
             choices=choices,

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from peml.errors import PemlError
 from peml.evaluation.scoring import ENCODE_CHOICES
 from peml.tasks import Example, Form, Split, Task, encode_prompts
-from peml.tasks.encode import Encoded, count_tokens, token_counts
+from peml.tasks.encode import Encoded, token_counts
+from peml.tasks.script import count_tokens
 from peml.training.arguments import one_line
 from peml.training.data import ENCODE
 from peml.training.recipe import Recipe

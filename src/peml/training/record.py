@@ -12,7 +12,7 @@ import torch
 
 from peml.attached import count
 from peml.config import part_to_dict
-from peml.evaluation import average
+from peml.evaluation import average, suite_averages
 from peml.prompts import PrefixGenerator
 from peml.training.progress import RunLog
 from peml.training.trainer import MultiTaskTrainer, learning_rates
@@ -28,6 +28,7 @@ def record_of(
     assert config is not None
     record = {
         "average": {when: average(metrics[when], bench.tasks) for when in ("before", "after") if when in metrics},
+        "suites": {when: suite_averages(metrics[when], bench.tasks) for when in ("before", "after") if when in metrics},
         "train_loss": {t: {"first": log.first_loss[t], "last": log.last_loss[t]} for t in log.first_loss},
         "parameters": {part: count(own) for part, own in tuner.parts().items() if own},
         "learning_rates": learning_rates(trainer),

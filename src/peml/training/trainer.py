@@ -40,7 +40,7 @@ class MultiTaskTrainer(Trainer):
         task_weights: weight of each task in the loss; None: all 1.
         finetune_fraction: share of the steps after the architecture is derived.
         distillation: what is learnt from a teacher; None: nothing.
-        evaluate_tasks: called with the model, returns `{task: {metric: value}}`; the first metric of each task
+        evaluate_tasks: called with the model, returns `{task: {metric: value}}`; `score` of each task
             enters `eval_average`.
         kwargs: as for `transformers.Trainer`.
     """
@@ -187,12 +187,12 @@ class MultiTaskTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Every metric of every task as `eval_{task}/{metric}`, and `eval_average` over first metrics."""
+        """Every metric of every task as `eval_{task}/{metric}`, and `eval_average` over their scores."""
         if self._evaluate_tasks is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[no-any-return]
         results = self._evaluate_tasks(self.model)
         metrics = {f"{metric_key_prefix}_{t}/{m}": v for t, own in results.items() for m, v in own.items()}
-        metrics[f"{metric_key_prefix}_average"] = sum(next(iter(r.values())) for r in results.values()) / len(results)
+        metrics[f"{metric_key_prefix}_average"] = sum(r["score"] for r in results.values()) / len(results)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -24,9 +24,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from peml.config import PemlConfig
 from peml.errors import PemlError
-from peml.evaluation import evaluate_tasks
+from peml.evaluation import evaluate_tasks, measure
 from peml.heads import Heads
-from peml.tasks import Example, Form, Task, compute, encode_choices, encode_prompts
+from peml.tasks import Example, Form, Task, encode_choices, encode_prompts
 from peml.tasks.encode_heads import check_heads, encode_heads
 from peml.tasks.encode_seq2seq import encode_seq2seq
 from peml.training.arguments import one_line
@@ -105,9 +105,7 @@ class Workbench:
             else:
                 encoded = encode_prompts(self.tokenizer, self.eval[name], self.max_length, task.max_new_tokens)
             shortened[name] = sum(row.truncated for row in encoded)
-            answers = [e.answer if e.value is None else repr(e.value) for e in self.eval[name]]
-            for metric in task.metrics:
-                compute(metric, answers, answers, task.choices if isinstance(task.choices, tuple) else ())
+            measure(task, [e.answer if e.value is None else repr(e.value) for e in self.eval[name]], self.eval[name])
         return shortened
 
     def evaluate(self, model: torch.nn.Module, progress: Progress | None = None) -> dict[str, dict[str, float]]:

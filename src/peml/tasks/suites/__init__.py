@@ -2,23 +2,43 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 from peml.errors import PemlError
 from peml.tasks.source import ToySource
+from peml.tasks.suites.commonsense import COMMONSENSE, COMMONSENSE_INSTRUCT
 from peml.tasks.suites.glue import GLUE
+from peml.tasks.suites.mmlu import MMLU, MMLU_GROUPS
 from peml.tasks.suites.published import Published, SuiteSource, placed
+from peml.tasks.suites.superglue import SUPERGLUE
 from peml.tasks.task import Task
 
-__all__ = ["SUITES", "Published", "SuiteSource", "suite_tasks"]
+__all__ = ["SUITES", "Published", "Suite", "SuiteSource", "suite_tasks"]
 
 Table = Mapping[str, tuple[dict[str, Any], Published]]
 
 
-def _tasks(table: Table) -> dict[str, Task]:
+@dataclass(frozen=True)
+class Suite:
+    """A table of tasks, and what its authors make of their scores.
+
+    Attributes:
+        tasks: makes the tasks, by name.
+        groups: names that stand for several tasks, in `include` and in averages.
+        by_rows: the suite's average is that over all rows of all tasks; else over tasks.
+    """
+
+    tasks: Callable[[], dict[str, Task]]
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    by_rows: bool = False
+
+
+def _tasks(suite: str, table: Table) -> dict[str, Task]:
     return {
-        name: Task(name=name, source=SuiteSource(task=name, published=published), **fields)
+        name: Task(name=name, suite=suite, source=SuiteSource(task=name, published=published), **fields)
         for name, (fields, published) in table.items()
     }
 
@@ -29,6 +49,7 @@ def _toy_tasks() -> dict[str, Task]:
     return {
         toy.name: Task(
             name=toy.name,
+            suite="toy",
             kind=toy.kind,
             prompt=toy.prompt,
             answer=toy.answer,
@@ -40,7 +61,15 @@ def _toy_tasks() -> dict[str, Task]:
     }
 
 
-SUITES: Mapping[str, Callable[[], dict[str, Task]]] = {"glue": lambda: _tasks(GLUE), "toy": _toy_tasks}
+SUITES: Mapping[str, Suite] = {
+    "glue": Suite(partial(_tasks, "glue", GLUE)),
+    "superglue": Suite(partial(_tasks, "superglue", SUPERGLUE)),
+    # The authors' code averages over all questions, so that large subjects count more.
+    "mmlu": Suite(partial(_tasks, "mmlu", MMLU), MMLU_GROUPS, by_rows=True),
+    "commonsense": Suite(partial(_tasks, "commonsense", COMMONSENSE)),
+    "commonsense_instruct": Suite(partial(_tasks, "commonsense_instruct", COMMONSENSE_INSTRUCT)),
+    "toy": Suite(_toy_tasks),
+}
 
 
 def suite_tasks(
@@ -53,21 +82,24 @@ def suite_tasks(
 
     Args:
         suite: its name.
-        include: names of tasks to take; None: all.
-        exclude: names of tasks to leave.
+        include: names of tasks, or of groups of tasks, to take; None: all.
+        exclude: names of tasks or groups to leave.
         path: local folder with the suite's files; None: the Hub.
     """
     if suite not in SUITES:
         raise PemlError(f"there is no suite {suite!r}; {_instead(suite, SUITES)}")
-    tasks = SUITES[suite]()
-    for key, names in (("include", include or ()), ("exclude", exclude or ())):
+    tasks, groups = SUITES[suite].tasks(), SUITES[suite].groups
+    named: dict[str, list[str]] = {}
+    for key, names in (("include", include), ("exclude", exclude)):
         if isinstance(names, str):
             raise PemlError(f"suite {suite!r}: `{key}` must be a list of task names, not the text {names!r}")
-        for name in names:
-            if name not in tasks:
-                raise PemlError(f"suite {suite!r}: `{key}` names the unknown task {name!r}; {_instead(name, tasks)}")
-    wanted = list(tasks) if include is None else list(dict.fromkeys(include))
-    chosen = [tasks[name] for name in wanted if name not in (exclude or ())]
+        for name in names or ():
+            if name not in tasks and name not in groups:
+                known = {**groups, **tasks}
+                raise PemlError(f"suite {suite!r}: `{key}` names the unknown task {name!r}; {_instead(name, known)}")
+        named[key] = [task for name in names or () for task in groups.get(name, (name,))]
+    wanted = list(tasks) if include is None else list(dict.fromkeys(named["include"]))
+    chosen = [tasks[name] for name in wanted if name not in named["exclude"]]
     if not chosen:
         raise PemlError(f"suite {suite!r}: `include` and `exclude` leave no task; it has {', '.join(tasks)}")
     return [dataclasses.replace(task, source=placed(task.source, path)) for task in chosen]

@@ -63,6 +63,9 @@ _TASKS: Mapping[str, dict[str, Any]] = {
             "neutral": "maybe",
             "contradiction": "no",
         },
+        "group": "part",
+        "metrics": ("accuracy", "accuracy/matched", "accuracy/mismatched"),
+        "score": ("accuracy/matched", "accuracy/mismatched"),
     },
     "qnli": {
         "prompt": "Question: {{ question }}\nText: {{ sentence }}\nDoes the text answer the question?\nAnswer:",
@@ -112,9 +115,11 @@ def _published(name: str) -> Published:
         parts={part: (f"{folder}/dev_{part}.tsv",) for part in parts},
         **how,
     )
+    rows = (f"glue_{name}/dev.jsonl", f"glue_{name}/dev_subset.jsonl")
     lines = Layout(
         train=(f"glue_{name}/train.jsonl",),
-        eval=(f"glue_{name}/dev.jsonl", f"glue_{name}/dev_subset.jsonl"),
+        eval=() if parts else rows,
+        parts={"matched": rows} if parts else {},
         fields=_LINES.get(name, {}),
     )
     return Published("nyu-mll/glue", name, eval=parts or {"": "validation"}, layouts=(tables, lines))

@@ -103,11 +103,14 @@ class Published:
         return {} if name is None else {"": name}
 
     def every_layout(self) -> tuple[Layout, ...]:
-        """The layouts, and behind them a copy of the Hub's own files."""
+        """The layouts, and behind them a copy of the Hub's own files in a folder named as its configuration."""
+        if self.hub is None:
+            return self.layouts
+        folder = self.config or self.hub.rpartition("/")[2]
 
         def copied(split: str) -> tuple[str, ...]:
-            folder = f"{self.config}/" if self.config else ""
-            return tuple(f"{folder}{split}{rest}" for rest in ("-*.parquet", ".parquet", ".jsonl", ".csv"))
+            places = (f"{folder}/{split}", f"{folder}/data/{split}")
+            return tuple(place + rest for rest in ("-*.parquet", ".jsonl", ".csv") for place in places)
 
         parts = {part: copied(split) for part, split in self.eval.items()}
         single = "" in parts
@@ -150,6 +153,15 @@ class SuiteSource(Source):
     def load(self, split: Split) -> Rows:
         """All rows of a split; origins are `file:line`, or `data set/split:row`."""
         return self.read(split)
+
+    def shots(self, count: int) -> Rows:
+        """The first rows that are published for this, or drawn training rows where none are."""
+        if self.published.shots is None:
+            return super().shots(count)
+        rows = self.read("shots")
+        if len(rows) < count:
+            raise PemlError(f"{self}: `few_shot` must be at most {len(rows)}, the examples there are, not {count}")
+        return rows[:count]
 
     def read(self, use: str) -> Rows:
         """All rows for `train`, `eval` or `shots`."""
