@@ -81,7 +81,7 @@ class Answering(Attached):
         host, config, old = self._head_host(), self._active_config(), self.heads
         assert host is not None and old is not None and config.heads is not None and self.adapter_in_force is not None
         config.heads = config.heads.grown(num_labels, *scale)
-        grown = config.heads.build(old.weight.shape[-1]).to(old.weight.device).train(old.training)
+        grown = config.heads.build(old.weight.shape[-1]).to(old.weight.device, old.weight.dtype).train(old.training)
         tasks, classes = old.bias.shape
         with torch.no_grad():
             for name, parameter in old.named_parameters():

@@ -35,15 +35,25 @@ console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file.")],
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe, a YAML file.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that lies there.")] = False,
+    run: Annotated[Path | None, typer.Option("--from", help="Finished run whose adapter gets further tasks.")] = None,
+    add_task: Annotated[Path | None, typer.Option(help="YAML file with the tasks that it gets.")] = None,
+    freeze: Annotated[str, typer.Option(help="With --from: shared (train the new tasks alone) or none.")] = "shared",
+    init: Annotated[str, typer.Option(help="With --from: identity, mean, or copy:TASK.")] = "identity",
 ) -> None:
-    """Train one adapter on the tasks of a recipe."""
+    """Train one adapter on the tasks of a recipe, or add tasks to a trained one."""
     from peml import regimes
 
-    folder = regimes.train(recipe, output, resume=resume, overwrite=overwrite, console=console)
+    what: Any = recipe
+    if (run is None) != (add_task is None) or (run is None) == (recipe is None):
+        raise PemlError("give a recipe, or --from RUN with --add-task FILE")
+    if run is not None and add_task is not None:
+        what = regimes.grown_recipe(run, add_task, freeze, init)
+        output = output or run.with_name(f"{run.name}+{add_task.stem}")
+    folder = regimes.train(what, output, resume=resume, overwrite=overwrite, console=console)
     metrics = folder.read_metrics()
     console.print(_scores(metrics, [when for when in ("before", "after") if when in metrics]))
     count = sum(metrics["parameters"].values())

@@ -137,11 +137,13 @@ class TaskHeads(nn.Module):
             states `[B, S, D]`, mask `[B, S]` (1 on tokens that are no padding), ids `[B]` or `[1]`.
         """
         ids = ids.to(states.device).expand(len(states))
-        text = F.dropout(pooled(states, mask, self.config.pooling).float(), self.config.dropout, self.training)
+        text = pooled(states, mask, self.config.pooling).to(self.weight.dtype)
+        text = F.dropout(text, self.config.dropout, self.training)
         if self.config.hidden:
             text = torch.tanh(torch.einsum("bd,bhd->bh", text, self.hidden_weight[ids]) + self.hidden_bias[ids])
             text = F.dropout(text, self.config.dropout, self.training)
-        logits = torch.einsum("bd,bcd->bc", text, self.weight[ids]) + self.bias[ids]
+        # Not a matrix product, which rounds otherwise with another number of classes: a new task changes no other.
+        logits = (text[:, None] * self.weight[ids]).sum(-1) + self.bias[ids]
         logits = self.means[ids][:, None] + self.scales[ids][:, None] * logits
         beyond = torch.arange(logits.shape[1], device=ids.device) >= self.counts[ids][:, None]
         return logits.masked_fill(beyond, -math.inf)

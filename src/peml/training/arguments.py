@@ -21,6 +21,7 @@ OWN: Mapping[str, Any] = {
     "prompt_learning_rate": float | None,
     "task_prompt_learning_rate": float | None,
     "architecture_learning_rate": float | None,
+    "head_learning_rate": float | None,
     "finetune_fraction": float,
 }
 """What a recipe has beside transformers' arguments."""
@@ -49,6 +50,7 @@ _AT_LEAST: Mapping[str, float] = {
     "prompt_learning_rate": 0,
     "task_prompt_learning_rate": 0,
     "architecture_learning_rate": 0,
+    "head_learning_rate": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
     "finetune_fraction": 0,

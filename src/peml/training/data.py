@@ -46,8 +46,16 @@ class TaskRows(Dataset[dict[str, Any]]):
         examples: Mapping[str, Sequence[Example]],
         max_length: int,
         form: Form = "causal",
+        task_names: Sequence[str] | None = None,
     ) -> TaskRows:
         """Tokenise the examples of every task.
+
+        Args:
+            tokenizer: of the model.
+            examples: by task.
+            max_length: most tokens of a row.
+            form: how the model answers.
+            task_names: all tasks of the adapter, if it has some that are not trained.
 
         Raises:
             PemlError: a task without rows, or a row whose answer does not fit into `max_length`.
@@ -55,7 +63,8 @@ class TaskRows(Dataset[dict[str, Any]]):
         for name, rows in examples.items():
             if not rows:
                 raise PemlError(f"task {name!r} has no training rows: give it some or leave it out")
-        return cls({name: ENCODE[form](tokenizer, rows, max_length) for name, rows in examples.items()}, form)
+        encoded = {name: ENCODE[form](tokenizer, rows, max_length) for name, rows in examples.items()}
+        return cls({name: encoded.get(name, []) for name in task_names or examples}, form)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -72,13 +72,16 @@ def train(
             console.print("this run is finished: there is nothing to resume")
             return folder
     with console.status("reading rows, loading the model"):
-        bench = workbench or prepare(recipe)
-        rows = TaskRows.encode(bench.tokenizer, bench.train, bench.max_length, bench.form)
+        bench = workbench or prepare(recipe, trained=stage.tasks)
+        rows = TaskRows.encode(bench.tokenizer, bench.train, bench.max_length, bench.form, list(bench.tasks))
         shortened = {"training": rows.truncated(), "evaluation": bench.check()}
         set_seed(recipe.seed)
-        model = attach(bench.model, bench.config())
+        model = (stage.attach or (lambda bench: attach(bench.model, bench.config())))(bench)
         distillation = None if stage.begin is None else stage.begin(model)
-    data = {"rows": {n: [len(bench.train[n]), len(bench.eval[n])] for n in bench.tasks}, "sha256": rows.digest()}
+    data = {
+        "rows": {n: [len(bench.train.get(n, ())), len(bench.eval[n])] for n in bench.tasks},
+        "sha256": rows.digest(),
+    }
     checkpoint = folder.last_checkpoint() if resume else None
     metrics = folder.read_metrics() if resume else {}
     _same_data(metrics.get("data"), data, checkpoint, folder)
@@ -134,12 +137,16 @@ class Stage:
         label: beside the bar.
         begin: called with the fresh adapter, to set where it begins; returns what is learnt from a teacher, or None.
         end: called with the trained adapter.
+        attach: makes the adapter; None: a fresh one, as the recipe says.
+        tasks: whose rows are trained on; None: all.
         record: for `metrics.json`.
     """
 
     label: str = "train"
     begin: Callable[[PeftModel], Distillation | None] | None = None
     end: Callable[[PeftModel], None] | None = None
+    attach: Callable[[Workbench], PeftModel] | None = None
+    tasks: list[str] | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -181,6 +188,7 @@ def _trainer(
             prompt_learning_rate=recipe.train.get("prompt_learning_rate"),
             task_prompt_learning_rate=recipe.train.get("task_prompt_learning_rate"),
             architecture_learning_rate=recipe.train.get("architecture_learning_rate"),
+            head_learning_rate=recipe.train.get("head_learning_rate"),
             task_weights=recipe.task_weights(),
             finetune_fraction=recipe.setting("finetune_fraction"),
             distillation=distillation,

@@ -37,6 +37,7 @@ class MultiTaskTrainer(Trainer):
         mixing: how tasks share an epoch and a batch.
         prompt_learning_rate, task_prompt_learning_rate, architecture_learning_rate: of the prompt, of what in it
             belongs to single tasks, and of what chooses a structure; None: the prompt's own default.
+        head_learning_rate: of the heads; None: as the adapter's.
         task_weights: weight of each task in the loss; None: all 1.
         finetune_fraction: share of the steps after the architecture is derived.
         distillation: what is learnt from a teacher; None: nothing.
@@ -58,6 +59,7 @@ class MultiTaskTrainer(Trainer):
         prompt_learning_rate: float | None = None,
         task_prompt_learning_rate: float | None = None,
         architecture_learning_rate: float | None = None,
+        head_learning_rate: float | None = None,
         task_weights: Mapping[str, float] | None = None,
         finetune_fraction: float = FINETUNE_FRACTION,
         distillation: Distillation | None = None,
@@ -88,6 +90,7 @@ class MultiTaskTrainer(Trainer):
             "prompt": prompt_learning_rate,
             "prompt per task": task_prompt_learning_rate,
             "architecture": architecture_learning_rate,
+            "heads": head_learning_rate,
         }
         self._distillation = distillation
         self._weights = None if task_weights is None else torch.tensor([task_weights[n] for n in self.task_names])
@@ -240,7 +243,7 @@ def parameter_groups(
     Args:
         tuner: whose active adapter is trained.
         args: with the adapter's rate, and the weight decay.
-        rates: of `prompt`, `prompt per task` and `architecture`; None or missing: the prompt's own default.
+        rates: of `prompt`, `prompt per task`, `architecture` and `heads`; None or missing: the prompt's own default.
     """
     parts, stacked = tuner.parts(), tuner.per_task_parameters()
     # What `modules_to_save` made trainable goes with the adapter.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -74,9 +75,7 @@ class Workbench:
             config.task_type = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}[self.form]
             return config
         config.task_type = "FEATURE_EXTRACTION"
-        scales = [
-            _scale(self.train[name]) if task.kind == "regress" else (0.0, 1.0) for name, task in self.tasks.items()
-        ]
+        scales = [_scale(self.train.get(name, [])) for name in self.tasks]
         config.heads = dataclasses.replace(
             config.heads or Heads(),
             num_labels=tuple(len(task.choices or ("a number",)) for task in self.tasks.values()),
@@ -133,16 +132,27 @@ def model_path(name: str) -> str:
 
 
 def prepare(
-    recipe: Recipe, *, training: bool = True, base: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
+    recipe: Recipe,
+    *,
+    training: bool = True,
+    trained: Sequence[str] | None = None,
+    base: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None,
 ) -> Workbench:
     """Read the rows, then load tokeniser and model, unless they are there.
+
+    Args:
+        recipe: of the run.
+        training: whether training rows are wanted at all.
+        trained: tasks whose training rows are; None: all.
+        base: tokeniser and model, if they are loaded already.
 
     Raises:
         PemlError: a bad row, an empty task, or a model that cannot be loaded.
     """
     tasks = {task.name: task for task in recipe.build_tasks()}
     # Rows first: a typing error in a file should not wait for gigabytes of weights.
-    train = {name: task.examples("train") for name, task in tasks.items()} if training else {}
+    wanted = (tasks if trained is None else trained) if training else ()
+    train = {name: tasks[name].examples("train") for name in wanted}
     held_out = {name: task.examples("eval") for name, task in tasks.items()}
     tokenizer, model = load_base(recipe) if base is None else base
     if form_of(model) == "heads":
@@ -239,9 +249,9 @@ def _kind(config: Any) -> Any:
 
 
 def _scale(examples: list[Example]) -> tuple[float, float]:
-    """Mean and standard deviation of the values of a task; of values that are all the same, 1."""
+    """Mean and standard deviation of the values of a task; of values that are all the same, 1; of classes, 0, 1."""
     values = [example.value for example in examples if example.value is not None]
-    return fmean(values), pstdev(values) or 1.0
+    return (fmean(values), pstdev(values) or 1.0) if values else (0.0, 1.0)
 
 
 @torch.no_grad()
