@@ -88,14 +88,13 @@ def suite_averages(results: Mapping[str, Mapping[str, float]], tasks: Mapping[st
     averages = {}
     for name, suite in SUITES.items():
         there = {task: values for task, values in results.items() if tasks[task].suite == name}
-        if not there:
+        if not there or suite.average is None:
             continue
-        for group, members in {name: tuple(suite.tasks())}.items() | {
-            (f"{name}/{group}", members) for group, members in suite.groups.items()
-        }:
+        groups = {f"{name}/{group}": members for group, members in suite.groups.items()}
+        for group, members in ({name: tuple(suite.tasks())} | groups).items():
             if not set(members) <= set(there):
                 continue
-            weights = [there[task]["n"] if suite.by_rows else 1.0 for task in members]
+            weights = [there[task]["n"] if suite.average == "rows" else 1.0 for task in members]
             scores = [score(there[task], tasks[task]) for task in members]
             averages[group] = sum(w * s for w, s in zip(weights, scores, strict=True)) / sum(weights)
     return averages

@@ -140,8 +140,10 @@ def encode_prompts(
 def _encode(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], use: Use, max_length: int, new: int = 0
 ) -> list[list[Encoded]]:
-    room = max_length - new - len(_leading_ids(tokenizer)) - int(use == "answer")
-    fitted = with_fewer_shots(tokenizer, examples, [max(_answers(e, use), key=len, default="") for e in examples], room)
+    lead = len(_leading_ids(tokenizer))
+    rooms = [max_length - new - lead - int(use == "answer" and not example.choices) for example in examples]
+    endings = [max(_answers(example, use), key=len, default="") for example in examples]
+    fitted = with_fewer_shots(tokenizer, examples, endings, rooms)
     made = pieces(tokenizer, fitted, use)
     cut = [[each.cut_prompt(max_length, new)] if use == "prompt" else each.cut(max_length) for each in made]
     return [

@@ -39,7 +39,7 @@ def _encode(
 ) -> list[list[Encoded]]:
     front, back = _special_ids(tokenizer)
     room = max_length - len(front) - len(back)
-    fitted = with_fewer_shots(tokenizer, examples, [""] * len(examples), room)
+    fitted = with_fewer_shots(tokenizer, examples, [""] * len(examples), [room] * len(examples))
     prompts = tokenize(tokenizer, [script(tokenizer, example).context for example in fitted])
     targets = iter(tokenizer(text_target=[a for group in answers for a in group], verbose=False)["input_ids"])
     encoded = []

@@ -86,9 +86,9 @@ def _head(context: str, turns: Turns) -> str:
 
 
 def with_fewer_shots(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], endings: Sequence[str], room: int
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], endings: Sequence[str], rooms: Sequence[int]
 ) -> list[Example]:
-    """The examples without so many of the first shots of their prompts that prompt and ending fit into `room` tokens.
+    """The examples without so many of the first shots of their prompts that prompt and ending fit into its room.
 
     An example that fits, or has no shots, is itself; one that is too long without shots is cut elsewhere.
     """
@@ -100,7 +100,7 @@ def with_fewer_shots(
             each.context + each.glue * bool(endings[i]) + endings[i] for i, each in zip(pending, scripts, strict=True)
         ]
         lengths = count_tokens(tokenizer, texts)
-        pending = [i for i, length in zip(pending, lengths, strict=True) if length > room and fitted[i].cuts]
+        pending = [i for i, length in zip(pending, lengths, strict=True) if length > rooms[i] and fitted[i].cuts]
         for i in pending:
             cut, *later = fitted[i].cuts
             fitted[i] = fitted[i].asked(fitted[i].prompt[cut:], tuple(at - cut for at in later))

@@ -5,10 +5,10 @@ is `peml.tasks.source`; how an example becomes token ids is `peml.tasks.encode`.
 """
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from hashlib import blake2b
+from itertools import accumulate, islice
 from typing import Literal, get_args
 
 from jinja2 import TemplateSyntaxError
@@ -156,17 +156,18 @@ class Task:
         """The templates of the prompt; none where rows bring their own."""
         return (self.prompt,) if isinstance(self.prompt, str) else self.prompt or ()
 
-    def examples(self, split: Split) -> list[Example]:
-        """All examples of a split; the first bad row stops with an error that names it."""
+    def examples(self, split: Split, count: int | None = None) -> list[Example]:
+        """The examples of a split, all or the first `count`; the first bad row stops with an error that names it."""
         try:
             shots = self.shots()
             kept = {shot.origin for shot in shots}
-            rows = [(row, origin) for row, origin in self.source.rows(split) if origin not in kept]
+            rows = ((row, origin) for row, origin in self.source.rows(split) if origin not in kept)
+            chosen = list(islice(rows, count))
         except PemlError as error:
             if repr(self.name) in str(error):
                 raise
             raise PemlError(f"{error} (task {self.name!r})") from error
-        return [after(shots, self.example(row, origin, split)) for row, origin in rows]
+        return [after(shots, self.example(row, origin, split)) for row, origin in chosen]
 
     def shots(self) -> list[Example]:
         """The answered examples in front of each prompt."""
@@ -219,7 +220,8 @@ class Task:
         prompt = render(self.prompts[0], row, f"{where}: `prompt`").rstrip()
         if split == "train" and len(self.prompts) > 1:
             # What is drawn depends on the row alone: not on its place, on other rows or on the machine.
-            drawn = zlib.crc32(f"{self.source.seed}:{prompt}".encode("utf-8", "surrogatepass")) % len(self.prompts)
+            said = f"{self.source.seed}:{prompt}".encode("utf-8", "surrogatepass")
+            drawn = int.from_bytes(blake2b(said, digest_size=8).digest(), "big") % len(self.prompts)
             prompt = render(self.prompts[drawn], row, f"{where}: `prompt`").rstrip()
         if not prompt:
             raise PemlError(f"{where}: `prompt` is empty for this row; put some text into the template or drop the row")

@@ -183,7 +183,7 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]
     attention = recipe.train.get("attn_implementation")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **shared)
-        kind = _kind(AutoConfig.from_pretrained(path, **shared))
+        kind = model_class(AutoConfig.from_pretrained(path, **shared))
         model, report = kind.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, output_loading_info=True, **shared
         )
@@ -229,7 +229,7 @@ def longest_row(recipe: Recipe, config: Any, tokenizer: PreTrainedTokenizerBase,
 def form_for(config: Any) -> Form:
     """How a model with this configuration answers."""
     forms: dict[Any, Form] = {AutoModelForSeq2SeqLM: "seq2seq", AutoModel: "heads", AutoModelForCausalLM: "causal"}
-    return forms[_kind(config)]
+    return forms[model_class(config)]
 
 
 def form_of(model: PreTrainedModel) -> Form:
@@ -239,7 +239,7 @@ def form_of(model: PreTrainedModel) -> Form:
     return "heads" if model.base_model is model else "causal"
 
 
-def _kind(config: Any) -> Any:
+def model_class(config: Any) -> Any:
     """The class that loads a checkpoint: encoders are those that were trained to fill in masked words."""
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from peml.errors import PemlError
 from peml.tasks.source import ToySource
@@ -28,12 +28,12 @@ class Suite:
     Attributes:
         tasks: makes the tasks, by name.
         groups: names that stand for several tasks, in `include` and in averages.
-        by_rows: the suite's average is that over all rows of all tasks; else over tasks.
+        average: what its average is taken over, `tasks`, or the `rows` of all tasks alike; None: it has none.
     """
 
     tasks: Callable[[], dict[str, Task]]
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    by_rows: bool = False
+    average: Literal["tasks", "rows"] | None = "tasks"
 
 
 def _tasks(suite: str, table: Table) -> dict[str, Task]:
@@ -65,10 +65,10 @@ SUITES: Mapping[str, Suite] = {
     "glue": Suite(partial(_tasks, "glue", GLUE)),
     "superglue": Suite(partial(_tasks, "superglue", SUPERGLUE)),
     # The authors' code averages over all questions, so that large subjects count more.
-    "mmlu": Suite(partial(_tasks, "mmlu", MMLU), MMLU_GROUPS, by_rows=True),
+    "mmlu": Suite(partial(_tasks, "mmlu", MMLU), MMLU_GROUPS, "rows"),
     "commonsense": Suite(partial(_tasks, "commonsense", COMMONSENSE)),
     "commonsense_instruct": Suite(partial(_tasks, "commonsense_instruct", COMMONSENSE_INSTRUCT)),
-    "toy": Suite(_toy_tasks),
+    "toy": Suite(_toy_tasks, average=None),
 }
 
 

@@ -36,12 +36,14 @@ _TASKS: Mapping[str, dict[str, Any]] = {
         "texts": _BOTH,
         **_NO_YES,
         "metrics": ("accuracy", "f1"),
+        "score": ("accuracy", "f1"),
     },
     "stsb": {
         "prompt": _PAIR + "Question: How similar are both sentences, from 0.0 to 5.0?\nAnswer:",
         "texts": _BOTH,
         "kind": "regress",
         "metrics": ("pearson", "spearman"),
+        "score": ("pearson", "spearman"),
     },
     "qqp": {
         "prompt": "Question 1: {{ question1 }}\nQuestion 2: {{ question2 }}\n"
@@ -49,6 +51,7 @@ _TASKS: Mapping[str, dict[str, Any]] = {
         "texts": ("{{ question1 }}", "{{ question2 }}"),
         **_NO_YES,
         "metrics": ("accuracy", "f1"),
+        "score": ("accuracy", "f1"),
     },
     "mnli": {
         "prompt": "Premise: {{ premise }}\nHypothesis: {{ hypothesis }}\n"

@@ -59,10 +59,13 @@ def each_query(row: Row) -> list[Row]:
 
 
 def one_query(row: Row) -> list[Row]:
-    """ReCoRD: names once each, none of them empty; a right answer is always among them."""
+    """ReCoRD: the names once each, and the right one to train on; right answers are among the names, as published."""
     right = list(dict.fromkeys(text.strip() for text in row["answers"]))
-    names = [name.strip() for name in row["entities"]]
-    return [row | {"entities": [name for name in dict.fromkeys([*names, *right]) if name], "answers": right}]
+    names = [name for name in dict.fromkeys(name.strip() for name in row["entities"]) if name]
+    answer = next((text for text in right if text in names), None)
+    if answer is None:
+        raise KeyError("an answer among the entities")
+    return [row | {"entities": names, "answers": right, "answer": answer}]
 
 
 def flat(row: Row) -> list[Row]:
@@ -108,7 +111,7 @@ _TASKS: Mapping[str, dict[str, Any]] = {
     },
     "record": {
         "prompt": "{{ passage }}\nSentence: {{ query }}\nQuestion: Which name is to be put for @placeholder?\nAnswer:",
-        "answer": "{{ answers[0] }}",
+        "answer": "answer",
         "choices": "entities",
         "references": "answers",
         "metrics": ("squad_f1", "squad_exact_match"),
