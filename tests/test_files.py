@@ -1,11 +1,13 @@
-"""Files of a split in a folder, and reading that goes on after a bad line."""
+"""Files of a split in a folder, reading that goes on after a bad line, and streams of rows."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from peml.errors import PemlError
-from peml.tasks import HubSource
+from peml.tasks import FileSource, HubSource, Source, Task
 from peml.tasks.files import scan_file
 
 
@@ -78,3 +80,60 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write(tmp_path / "train-00002-of-00003.jsonl", '{"n": 1}\n')
     with pytest.raises(PemlError, match="the shards train-.*-of-00003 are not complete: that of number 00001"):
         list(HubSource(path=str(tmp_path)).rows("train"))
+
+
+# ------------------------------------------------------------------------------------------------------ streams
+
+
+def numbers(rows: Iterable[tuple[dict[str, object], str]]) -> list[object]:
+    return [row["n"] for row, _ in rows]
+
+
+@pytest.fixture(params=["file", "shards", "datasets"])
+def streamed(request: pytest.FixtureRequest, tmp_path: Path) -> Source:
+    """The numbers 0 to 49 for training and 50 to 54 for evaluation."""
+    rows = [f'{{"n": {n}}}\n' for n in range(55)]
+    if request.param == "file":
+        train = write(tmp_path / "train.jsonl", "".join(rows[:50]))
+        return FileSource(train=train, eval=write(tmp_path / "eval.jsonl", "".join(rows[50:])), seed=1)
+    if request.param == "shards":
+        write(tmp_path / "train-00000-of-00002.jsonl", "".join(rows[:20]))
+        write(tmp_path / "train-00001-of-00002.jsonl", "".join(rows[20:50]))
+        write(tmp_path / "validation.jsonl", "".join(rows[50:]))
+    else:
+        write(tmp_path / "train_of_mine.jsonl", "".join(rows[:50]))
+        write(tmp_path / "validation_of_mine.jsonl", "".join(rows[50:]))
+    return HubSource(path=str(tmp_path), seed=1)
+
+
+def test_a_stream_has_each_row_once_and_goes_on_anywhere(streamed: Source) -> None:
+    whole = numbers(streamed.stream("train", buffer=10))
+    assert sorted(whole) == list(range(50)) and whole != sorted(whole)
+    assert whole == numbers(streamed.stream("train", buffer=10))
+    assert whole[17:] == numbers(streamed.stream("train", start=17, buffer=10))
+    assert whole != numbers(streamed.stream("train", number=1, buffer=10))
+    assert whole != numbers(replace(streamed, seed=2).stream("train", buffer=10))
+    assert numbers(streamed.stream("eval")) == list(range(50, 55))
+    assert sorted(numbers(replace(streamed, limit_train=7).stream("train"))) == list(range(7))
+    row, origin = next(iter(streamed.stream("train")))
+    assert (row, origin) in list(streamed.rows("train"))
+
+
+def test_a_stream_reads_no_more_than_its_buffer(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", "".join(f'{{"n": {n}}}\n' for n in range(20)) + "broken\n")
+    source = FileSource(train=path, eval=path)
+    stream = source.stream("train", buffer=5)
+    first = [next(stream)[0]["n"] for _ in range(15)]
+    assert max(first) <= 19 and len(set(first)) == 15
+    with pytest.raises(PemlError, match="rows.jsonl:21: the line is not valid JSON"):
+        list(stream)
+
+
+def test_a_stream_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", '{"n": 1}\n')
+    with pytest.raises(PemlError, match="a stream cannot be split: give it evaluation rows of its own"):
+        FileSource(train=path).stream("train")
+    task = Task(name="it", kind="generate", prompt="{{ n }}", answer="n", source=FileSource(train=path, eval=path))
+    assert [example.answer for example in task.stream("train")] == ["1"]
+    with pytest.raises(PemlError, match="task 'it': `few_shot` does not go with rows that are streamed"):
+        replace(task, few_shot=1).stream("train")

@@ -27,7 +27,12 @@ def read_file(path: Path) -> Rows:
 
 def read_files(paths: Iterable[Path]) -> Rows:
     """All rows of several files, one after the other; the first bad line stops with an error that names it."""
-    return [(_good(row), origin) for path in paths for row, origin in scan_file(path)]
+    return list(each_row(paths))
+
+
+def each_row(paths: Iterable[Path]) -> Iterator[tuple[Row, str]]:
+    """The rows of several files one by one; the first bad line stops with an error that names it."""
+    return ((_good(row), origin) for path in paths for row, origin in scan_file(path))
 
 
 def _good(row: Row | PemlError) -> Row:

@@ -5,7 +5,7 @@ is `peml.tasks.source`; how an example becomes token ids is `peml.tasks.encode`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import accumulate, islice
@@ -168,6 +168,14 @@ class Task:
                 raise
             raise PemlError(f"{error} (task {self.name!r})") from error
         return [after(shots, self.example(row, origin, split)) for row, origin in chosen]
+
+    def stream(self, split: Split, *, start: int = 0, number: int = 0) -> Iterator[Example]:
+        """Examples of one pass over a split, each made when it is asked for; see `Source.stream`."""
+        if self.few_shot:
+            raise self._mistake("few_shot", "does not go with rows that are streamed")
+        return (
+            self.example(row, origin, split) for row, origin in self.source.stream(split, start=start, number=number)
+        )
 
     def shots(self) -> list[Example]:
         """The answered examples in front of each prompt."""
