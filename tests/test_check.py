@@ -165,18 +165,21 @@ def test_a_folder_of_damaged_files_exits_with_2_and_names_every_line(tmp_path: P
     for entry in entries:
         if Path(entry["path"]).suffix == ".txt":
             del entry["eval_fraction"]
+    entries.append({"name": "absent", "path": str(tmp_path / "rows.jsonl"), **CHOOSE})
     assert len(entries) > 20
     code, out, errors = peml("tasks", "check", write_recipe(tmp_path, model, *entries))
     assert code == 2 and "Traceback" not in errors
-    for (_, _, _, bad, _), entry in zip(DAMAGED.values(), entries, strict=True):
+    assert "rows.jsonl does not exist; did you mean" in out and "(task 'absent')" in out
+    for (_, _, _, bad, _), entry in zip(DAMAGED.values(), entries, strict=False):
         for line in bad:
             assert f"error: {entry['path']}{'' if line is None else f':{line}:'}" in out, (entry, line)
-    assert out.count("error: ") == sum(len(bad) for _, _, _, bad, _ in DAMAGED.values())
+    assert out.count("error: ") == 1 + sum(len(bad) for _, _, _, bad, _ in DAMAGED.values())
     code, out, _ = peml("tasks", "check", tmp_path / "recipe.yaml", "--json")
     data = json.loads(out)
     assert code == 2 and data["clean"] is False and data["max_length"] == 80
     assert [[problem["line"] for problem in task["problems"]] for task in data["tasks"]] == [
-        bad for _, _, _, bad, _ in DAMAGED.values()
+        *(bad for _, _, _, bad, _ in DAMAGED.values()),
+        [None],
     ]
 
 

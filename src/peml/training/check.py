@@ -67,7 +67,10 @@ class TaskCheck:
 
     def add(self, error: PemlError, origin: str = "") -> None:
         """Note a problem, once."""
-        problem = _placed(str(error), origin)
+        message = str(error)
+        if repr(self.name) not in message:
+            message += f" (task {self.name!r})"
+        problem = _placed(message, origin)
         if problem not in self._seen:
             self._seen.add(problem)
             self.problems.append(problem)
