@@ -16,7 +16,7 @@ from peml.evaluation import average, evaluate_tasks
 from peml.mixing import Mixing, MixtureSampler
 from peml.tasks import suite_tasks
 from peml.training.data import Collator, TaskRows
-from peml.training.loss import by_task, row_counts, row_losses, task_mean
+from peml.training.loss import balanced, by_task, row_counts, row_losses
 from peml.training.recipe import Recipe
 from peml.training.workbench import load_base
 
@@ -60,7 +60,7 @@ def main(steps: int, seed: int = 0) -> float:
             by_task(values, batch["tasks"], len(tasks))
             for values in (row_losses("causal", logits, labels), row_counts("causal", labels))
         )
-        loss = task_mean(sums, counts)
+        loss = balanced("task_mean", sums, counts)
         loss = loss + sum(tuner.prompt.penalties().values())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -319,7 +319,7 @@ def test_an_interrupted_run_goes_on_in_its_stage(tmp_path: Path, monkeypatch: py
         ({"regime": {"name": "serial"}}, "regime.name must be one of joint, distil_then_adapt"),
         ({"regime": {"student": {"dtype": "bfloat16"}}}, "regime.student.dtype cannot differ from the recipe"),
         ({"regime": {"hidden_layers": True}}, "regime: hidden_layers"),
-        ({"mixing": {"by": "subset", "cap": 3}}, "by: subset` draws the tasks of each batch"),
+        ({"mixing": {"by": "subset", "cap": 3}}, "by: subset` says what each batch holds"),
         ({"method": "lora", "set": {}, "regime": {"name": "distil_then_adapt"}}, "method 'lora' has neither"),
     ],
 )

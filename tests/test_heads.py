@@ -53,7 +53,9 @@ def batch() -> dict[str, Tensor]:
     torch.manual_seed(1)
     mask = torch.ones(4, 6, dtype=torch.long)
     mask[1, 4:], mask[3, 2:] = 0, 0
-    return {"input_ids": torch.randint(2, 60, (4, 6)), "attention_mask": mask}
+    types = torch.zeros_like(mask)
+    types[:3, 2:] = 1  # the last row is a single text
+    return {"input_ids": torch.randint(2, 60, (4, 6)), "attention_mask": mask, "token_type_ids": types}
 
 
 def by_loop(model: PeftModel, states: Tensor, mask: Tensor, tasks: list[str], heads: Heads) -> list[Tensor]:
@@ -62,7 +64,11 @@ def by_loop(model: PeftModel, states: Tensor, mask: Tensor, tasks: list[str], he
     for row, kept, name in zip(states, mask.bool(), tasks, strict=True):
         t = TASKS.index(name)
         words = row[kept]
-        text = {"mean": words.mean(0), "first": words[0], "last": words[-1]}[heads.pooling]
+        if heads.pooling == "pair":
+            a, b = words[:2].mean(0), words[2:].mean(0) if len(words) > 2 else words.mean(0)
+            text = torch.cat([a, b, (a - b).abs(), a * b])
+        else:
+            text = {"mean": words.mean(0), "first": words[0], "last": words[-1]}[heads.pooling]
         if heads.hidden:
             text = torch.tanh(own.hidden_weight[t] @ text + own.hidden_bias[t])
         logits = own.weight[t, : heads.num_labels[t]] @ text + own.bias[t, : heads.num_labels[t]]
@@ -70,7 +76,7 @@ def by_loop(model: PeftModel, states: Tensor, mask: Tensor, tasks: list[str], he
     return answers
 
 
-@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "first", "last", "pair"])
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("prompt", ["none", "prefix", "soft"])
 def test_heads_equal_a_loop_over_rows_in_outputs_and_gradients(pooling: str, hidden: bool, prompt: str) -> None:
@@ -99,7 +105,8 @@ def test_a_mixed_batch_equals_its_tasks_and_its_rows_one_by_one(adapter: str, pr
     mixed = model(**given, tasks=ROWS).logits
     for i, name in enumerate(ROWS):
         length = int(given["attention_mask"][i].sum())
-        alone = model(input_ids=given["input_ids"][i : i + 1, :length], tasks=name).logits[0]
+        row = {key: value[i : i + 1, :length] for key, value in given.items()}
+        alone = model(**row, tasks=name).logits[0]
         torch.testing.assert_close(mixed[i], alone, rtol=1e-9, atol=1e-9)
 
 
@@ -162,9 +169,10 @@ def test_saved_and_loaded_heads_are_the_same_bit_for_bit(tmp_path: Path, prompt:
     assert inspect_folder(tmp_path / "adapter").parameters["heads"] == count == HEADS.num_parameters(24)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "pair"])
 @pytest.mark.parametrize("hidden", [False, True])
-def test_the_number_of_parameters_is_that_of_the_formula(hidden: bool) -> None:
-    heads = Heads(LABELS, hidden=hidden)
+def test_the_number_of_parameters_is_that_of_the_formula(hidden: bool, pooling: str) -> None:
+    heads = Heads(LABELS, pooling, hidden)  # type: ignore[arg-type]
     assert sum(p.numel() for p in heads.build(24).parameters()) == heads.num_parameters(24)
 
 
@@ -224,6 +232,9 @@ def test_what_heads_cannot_do_is_said() -> None:
     model, given = built("lora"), batch()
     with pytest.raises(PemlError, match="has a head per task: pass tasks= with one of rte, sst2, cola"):
         model(**given)
+    pair = built("lora", heads=Heads(LABELS, "pair"))
+    with pytest.raises(PemlError, match="tells two texts apart by token_type_ids"):
+        pair(input_ids=given["input_ids"], tasks="rte")
     with pytest.raises(PemlError, match="unknown task 'mnli'"):
         model(**given, tasks="mnli")
     with pytest.raises(PemlError, match="one task per row, not one per token"):
@@ -240,7 +251,7 @@ def test_what_heads_cannot_do_is_said() -> None:
     ):
         with pytest.raises(PemlError, match=message):
             adapt(encoder(), adapter=peml.LoRA(r=2), heads=heads)
-    with pytest.raises(PemlError, match="heads.pooling must be mean or first or last, not 'max'"):
+    with pytest.raises(PemlError, match="heads.pooling must be mean or first or last or pair, not 'max'"):
         peml.PemlConfig(task_names=["a"], heads=Heads((2,), pooling="max"))  # type: ignore[arg-type]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from peml.errors import PemlError
-from peml.mixing import Mixing, MixtureSampler
+from peml.mixing import Mixing, MixtureSampler, held_out
 
 SIZES = (50, 8, 3)
 ROW_TASKS = list(np.random.default_rng(0).permutation(np.repeat(range(3), SIZES)))
@@ -120,7 +120,10 @@ def test_a_large_mixture_is_drawn_quickly() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"by": "size"}, "`by` must be one of proportional, temperature, equal, subset, not 'size'"),
+        (
+            {"by": "size"},
+            "`by` must be one of proportional, temperature, equal, weights, fixed_ratio, subset, not 'size'",
+        ),
         ({"batches": "one"}, "`batches` must be one of mixed, homogeneous, not 'one'"),
         ({"temperature": 0.0}, "`temperature` must be above 0, not 0.0"),
         ({"temperature": float("nan")}, "`temperature` must be above 0"),
@@ -173,3 +176,97 @@ def test_subsets_take_no_other_setting() -> None:
     for wrong in ({"batches": "homogeneous"}, {"cap": 3}):
         with pytest.raises(PemlError, match="by: subset"):
             Mixing(by="subset", **wrong)
+
+
+NAMES = ["large", "middle", "small"]
+
+
+def named(mixing: Mixing, **others: object) -> MixtureSampler:
+    return MixtureSampler(ROW_TASKS, mixing, 0, 4, task_names=NAMES, **others)  # type: ignore[arg-type]
+
+
+def test_weights_are_the_shares() -> None:
+    mixing = Mixing(by="weights", weights={"small": 1, "large": 1, "middle": 2})
+    drawn = named(mixing, num_samples=40)
+    assert drawn.probabilities.tolist() == [0.25, 0.5, 0.25]
+    assert task_counts(epoch(drawn, 0)) == [10, 20, 10]
+
+
+def test_every_batch_has_a_fixed_ratio() -> None:
+    exact = named(Mixing(by="fixed_ratio", weights={"large": 2, "middle": 1, "small": 1}), num_samples=400)
+    rows = epoch(exact, 0)
+    assert all(task_counts(rows[at : at + 4]) == [2, 1, 1] for at in range(0, 400, 4))
+    # Rows of a task come in passes here too.
+    small = Counter(row for row in rows if ROW_TASKS[row] == 2)
+    assert len(small) == 3 and max(small.values()) - min(small.values()) <= 1
+    uneven = named(Mixing(by="fixed_ratio"), num_samples=8000)
+    counts = np.array([task_counts(rows[at : at + 4]) for rows in [epoch(uneven, 1)] for at in range(0, 8000, 4)])
+    assert set(np.unique(counts)) == {1, 2} and (counts.sum(1) == 4).all()
+    assert np.abs(counts.mean(0) - 4 / 3).max() < 0.05, "exact on average"
+
+
+def test_a_cap_may_be_that_of_one_task() -> None:
+    counts = {"large": 50, "middle": 8, "small": 3}
+    shares = Mixing(by="proportional", cap={"large": 9}).task_probabilities(counts)
+    assert shares == pytest.approx({"large": 9 / 20, "middle": 8 / 20, "small": 3 / 20})
+
+
+@pytest.mark.parametrize("batches", ["mixed", "homogeneous"])
+def test_a_task_gives_no_more_than_its_epochs(batches: str) -> None:
+    mixing = Mixing(by="equal", epochs={"small": 4, "middle": 2.5}, batches=batches)  # type: ignore[arg-type]
+    drawn = named(mixing)
+    epochs = [epoch(drawn, number) for number in range(5)]
+    counts = np.array([task_counts(rows) for rows in epochs])
+    assert (counts.sum(1) == len(drawn)).all(), "what one no longer gives, the others do"
+    assert counts.sum(0)[1:].tolist() == [20, 12]
+    assert (counts[-1] == [len(drawn), 0, 0]).all()
+    seen = Counter(row for rows in epochs for row in rows)
+    assert max(seen[row] for row in seen if ROW_TASKS[row] == 2) == 4
+    again = named(mixing)
+    assert [epoch(again, number) for number in (4, 0, 2)] == [epochs[4], epochs[0], epochs[2]]
+
+
+def test_a_training_that_needs_more_than_the_tasks_may_give_is_refused() -> None:
+    drawn = named(Mixing(epochs=2))
+    drawn.check(122)
+    with pytest.raises(PemlError, match=r"epochs lets the tasks give 122 rows in all, and the training draws 183"):
+        drawn.check(123)
+    epoch(drawn, 1)
+    with pytest.raises(PemlError, match="leaves no task that may give rows"):
+        epoch(drawn, 2)
+    with pytest.raises(PemlError, match="lets task 'small' give less than a batch"):
+        named(Mixing(epochs={"small": 1}, batches="homogeneous"))
+
+
+def test_rows_set_aside_are_never_drawn() -> None:
+    aside = held_out(ROW_TASKS, NAMES, 4, seed=1)
+    assert task_counts(list(aside)) == [4, 1, 1]
+    assert aside == held_out(ROW_TASKS, NAMES, 4, seed=1) != held_out(ROW_TASKS, NAMES, 4, seed=2)
+    drawn = named(Mixing(by="proportional"), without=aside)
+    assert sorted(epoch(drawn, 0)) == sorted(set(range(61)) - set(aside))
+    with pytest.raises(PemlError, match="task 'b' has too few training rows to hold one out"):
+        held_out([0, 0, 1], ["a", "b"], 4, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"by": "weights"}, "needs `weights`"),
+        ({"weights": {"a": 1}}, "`weights` goes with `by: weights`"),
+        ({"by": "weights", "weights": {"a": 0}}, "the weight of task 'a' must be above 0, not 0"),
+        ({"by": "fixed_ratio", "epochs": 2}, "`by: fixed_ratio` says what each batch holds: `epochs` does not go"),
+        ({"cap": {"a": 0}}, "cap of task 'a' must be at least 1, not 0"),
+        ({"epochs": 0}, "`epochs` must be above 0, not 0"),
+        ({"epochs": {"a": -1.0}}, "epochs of task 'a' must be above 0"),
+    ],
+)
+def test_limits_and_weights_without_meaning_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(PemlError, match=message):
+        Mixing(**fields)  # type: ignore[arg-type]
+
+
+def test_tasks_that_are_not_there_are_named() -> None:
+    with pytest.raises(PemlError, match="mixing.cap names 'smal', which is no task here; there are large, middle"):
+        Mixing(cap={"smal": 3}).check(NAMES)
+    with pytest.raises(PemlError, match="mixing.weights has no weight for task 'small'"):
+        Mixing(by="weights", weights={"large": 1, "middle": 2}).check(NAMES)

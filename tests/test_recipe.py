@@ -91,7 +91,7 @@ def task(index: int = 0, drop: str | None = None, **changes: Any) -> Callable[[d
         (change(set={"rank": 4}), r"set.rank is unknown: write adapter.NAME, prompt.NAME, or one of "),
         (
             change(mixing={"by": "size"}),
-            r"mixing.by: input should be 'proportional', 'temperature', 'equal' or 'subset'",
+            r"mixing.by: input should be 'proportional', 'temperature', 'equal', 'weights', 'fixed_ratio' or 'subset'",
         ),
         (change(mixing={"temperatur": 1}), r"unknown key mixing.temperatur; did you mean temperature\?"),
         (change(tasks=[]), r"tasks: .*at least 1 item"),

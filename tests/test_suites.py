@@ -13,8 +13,10 @@ import suite_files
 from peml.errors import PemlError
 from peml.evaluation import average, measure, suite_averages
 from peml.tasks import SUITES, Example, SuiteSource, Task, encode, encode_choices, encode_prompts, suite_tasks
+from peml.tasks.encode_heads import encode_heads
+from peml.tasks.encode_seq2seq import encode_seq2seq
 from peml.tasks.suites.table import table
-from peml.training.entries import SuiteEntry, build_tasks
+from peml.training.entries import OwnEntry, SuiteEntry, build_tasks
 from suite_files import FILES, HUB, write_suite
 from test_tasks import word_tokenizer
 
@@ -180,6 +182,35 @@ def test_a_recipe_names_folder_limit_and_examples(folders: dict[str, Path]) -> N
     assert len(tasks) == 17 and all(task.few_shot == 2 for task in tasks)
 
 
+def test_own_tasks_have_groups_several_answers_and_templates(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"q": f"Q{n}", "a": ["one", "1"], "g": n % 2}) + "\n" for n in range(6)), encoding="utf-8"
+    )
+    entry = OwnEntry.model_validate(
+        {
+            "name": "own",
+            "path": str(path),
+            "eval_path": str(path),
+            "kind": "generate",
+            "prompt": ["{{ q }}:", "{{ q }} is"],
+            "answer": "{{ a[0] }}",
+            "references": "a",
+            "group": "g",
+            "metrics": ["exact_match", "exact_match/1", "squad_f1"],
+            "score": ["squad_f1"],
+            "few_shot": 1,
+        }
+    )
+    (task,) = build_tasks(entry, 0)
+    examples = task.examples("eval")
+    assert len(examples) == 5 and all(e.references == ("one", "1") and len(e.cuts) == 1 for e in examples)
+    values = measure(task, ["1" if e.group == "1" else "two" for e in examples], examples)
+    assert values["exact_match/1"] == 1.0 and 0 < values["exact_match"] == values["score"] < 1
+    with pytest.raises(PemlError, match="field 'g' must hold a list of right answers, not [01]"):
+        replace(task, references="g").examples("eval")
+
+
 # ---------------------------------------------------------------------------- templates and shots in a prompt
 
 
@@ -246,6 +277,19 @@ def test_the_earliest_shots_go_first_and_the_question_stays() -> None:
     assert (
         tokenizer.decode(prompt.input_ids).split() == ["<s>", *["the", "red", "mat", "Team", ":"]] and prompt.truncated
     )
+
+
+def test_an_encoder_decoder_drops_shots_and_heads_read_the_question() -> None:
+    tokenizer = word_tokenizer("eos")
+    shot = "the cat sat Team : yes "
+    example = Example("t", shot * 2 + "the red mat Team :", "no", ("yes", "no"), "o", cuts=(len(shot), 2 * len(shot)))
+    for max_length, shots in ((18, 2), (17, 1), (12, 1), (11, 0), (6, 0)):
+        (encoded,) = encode_seq2seq(tokenizer, [example], max_length)
+        said = tokenizer.decode(encoded.input_ids).split()
+        assert said == [*(shot * shots + "the red mat Team :").split(), "</s>"]
+        assert encoded.truncated == (shots < 2)
+    (read,) = encode_heads(tokenizer, [example], 50)
+    assert tokenizer.decode(read.input_ids).split() == [*["the", "red", "mat", "Team", ":"], "</s>"]
 
 
 # --------------------------------------------------------------------------------------- metrics and averages

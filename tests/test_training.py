@@ -21,7 +21,7 @@ from peml.mixing import Mixing
 from peml.tasks.encode import IGNORED
 from peml.training import RunFolder, load_recipe, open_run, train
 from peml.training.data import Collator
-from peml.training.loss import LossMeter, by_task, row_counts, row_losses, task_mean
+from peml.training.loss import LossMeter, balanced, by_task, row_counts, row_losses
 from peml.training.recipe import Recipe
 from peml.training.trainer import MultiTaskTrainer
 from workshop import recipe, write_model, write_recipe
@@ -53,7 +53,7 @@ def test_the_loss_is_the_mean_over_tasks_present() -> None:
     sums, counts = (
         by_task(values, tasks, 3) for values in (row_losses("causal", logits, labels), row_counts("causal", labels))
     )
-    loss = task_mean(sums, counts, torch.tensor(weights))
+    loss = balanced("task_mean", sums, counts, torch.tensor(weights))
     expected = naive_task_mean(logits, labels, tasks, weights)
     torch.testing.assert_close(loss, expected)
     (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)

@@ -66,7 +66,7 @@ class Answering(Attached):
         host = self._head_host()
         return None if host is None else host.active()
 
-    def answer(self, forward: Forward, output: Any, mask: Tensor | None) -> Any:
+    def answer(self, forward: Forward, output: Any, mask: Tensor | None, segments: Tensor | None) -> Any:
         """A model's output, with the logits of the heads if there are any."""
         heads = self._head()
         if heads is None or forward.route is None:
@@ -74,14 +74,14 @@ class Answering(Attached):
         if forward.route.per_token:
             raise PemlError("a head answers for a whole row: give one task per row, not one per token")
         rows = output[0].shape[0]
-        return answered(heads, output, mask, forward.route.rows(rows, output[0].device))
+        return answered(heads, output, mask, forward.route.rows(rows, output[0].device), segments)
 
     def _grow_heads(self, num_labels: int, scale: tuple[float, float]) -> None:
         """One more head, behind the others."""
         host, config, old = self._head_host(), self._active_config(), self.heads
         assert host is not None and old is not None and config.heads is not None and self.adapter_in_force is not None
         config.heads = config.heads.grown(num_labels, *scale)
-        grown = config.heads.build(old.weight.shape[-1]).to(old.weight.device, old.weight.dtype).train(old.training)
+        grown = config.heads.build(self._width()).to(old.weight.device, old.weight.dtype).train(old.training)
         tasks, classes = old.bias.shape
         with torch.no_grad():
             for name, parameter in old.named_parameters():

@@ -143,8 +143,9 @@ def _scores(metrics: dict[str, Any], columns: list[str]) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     for task, scores in metrics[columns[-1]].items():
-        # The score of a task with one metric is that metric.
-        hidden = {"n"} if len(scores.keys() - {"n", "loss", "score"}) > 1 else {"n", "score"}
+        others = [value for metric, value in scores.items() if metric not in ("n", "loss", "score")]
+        # Of a task with one metric that counts, the score is that metric.
+        hidden = ("n", "score") if scores.get("score") in others else ("n",)
         for metric in scores:
             if metric not in hidden:
                 cells = [f"{metrics[column][task][metric]:.3f}" for column in columns]

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from peml.errors import PemlError
 
-Pooling = Literal["mean", "first", "last"]
+Pooling = Literal["mean", "first", "last", "pair"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class Heads:
 
     Args:
         num_labels: classes of each task, in the order of the tasks; 1: a number.
-        pooling: what of the text a head sees: the `mean` of its tokens, the `first` or the `last` one.
+        pooling: what of the text a head sees: the `mean` of its tokens, the `first` or the `last` one, or of a `pair`
+            the means a and b of both texts as (a, b, |a - b|, a b), which is what models of sentences are compared by
+            (arXiv:1908.10084, section 3); a single text is a pair with itself.
         hidden: whether each task has a layer of the encoder's width and a tanh in front, as RoBERTa's classifier has.
         dropout: on what a head sees, while training.
         means, scales: of the values of each task that regresses; losses are in units of the scale, so that they
@@ -67,9 +69,15 @@ class Heads:
         return TaskHeads(self, width)
 
     def num_parameters(self, width: int) -> int:
-        """T C (D + 1), and T D (D + 1) more with `hidden`."""
-        tasks, classes = len(self.num_labels), max(self.num_labels)
-        return tasks * classes * (width + 1) + self.hidden * tasks * width * (width + 1)
+        """T C (F + 1) with F = D features, or 4 D of a pair; with `hidden` T C (D + 1) + T D (F + 1)."""
+        tasks, classes, features = len(self.num_labels), max(self.num_labels), self.num_features(width)
+        if self.hidden:
+            return tasks * classes * (width + 1) + tasks * width * (features + 1)
+        return tasks * classes * (features + 1)
+
+    def num_features(self, width: int) -> int:
+        """Numbers that a head sees."""
+        return 4 * width if self.pooling == "pair" else width
 
     def grown(self, num_labels: int, mean: float = 0.0, scale: float = 1.0) -> Heads:
         """The same with one more task."""
@@ -102,7 +110,7 @@ class Heads:
 
 
 class TaskHeads(nn.Module):
-    """Stacked weights of all heads: `weight [T, C, D]`, `bias [T, C]`, and with `hidden` `[T, D, D]`, `[T, D]`.
+    """Stacked weights of all heads: `weight [T, C, F]`, `bias [T, C]`, and with `hidden` `[T, D, F]`, `[T, D]`.
 
     Args:
         config: of the heads.
@@ -116,7 +124,9 @@ class TaskHeads(nn.Module):
         self.config = config
         tasks, classes = len(config.num_labels), max(config.num_labels)
         # As nn.Linear begins: a head that begins at zero would give the encoder no gradient in the first step.
-        self.weight = nn.Parameter(torch.empty(tasks, classes, width).uniform_(-1, 1) / math.sqrt(width))
+        features = config.num_features(width)
+        before = width if config.hidden else features
+        self.weight = nn.Parameter(torch.empty(tasks, classes, before).uniform_(-1, 1) / math.sqrt(before))
         self.bias = nn.Parameter(torch.zeros(tasks, classes))
         self.counts: Tensor
         self.means: Tensor
@@ -127,17 +137,18 @@ class TaskHeads(nn.Module):
             self.register_buffer(name, torch.tensor(values), persistent=False)
         if config.hidden:
             self.task_parameters = ("weight", "bias", "hidden_weight", "hidden_bias")  # type: ignore[misc]
-            self.hidden_weight = nn.Parameter(torch.empty(tasks, width, width).uniform_(-1, 1) / math.sqrt(width))
+            self.hidden_weight = nn.Parameter(torch.empty(tasks, width, features).uniform_(-1, 1) / math.sqrt(features))
             self.hidden_bias = nn.Parameter(torch.zeros(tasks, width))
 
-    def forward(self, states: Tensor, mask: Tensor | None, ids: Tensor) -> Tensor:
+    def forward(self, states: Tensor, mask: Tensor | None, ids: Tensor, segments: Tensor | None = None) -> Tensor:
         """`[B, C]` in fp32; classes that a row's task has not are -inf.
 
         Shapes:
-            states `[B, S, D]`, mask `[B, S]` (1 on tokens that are no padding), ids `[B]` or `[1]`.
+            states `[B, S, D]`, mask `[B, S]` (1 on tokens that are no padding), ids `[B]` or `[1]`, segments `[B, S]`
+            (1 on tokens of the second text).
         """
         ids = ids.to(states.device).expand(len(states))
-        text = pooled(states, mask, self.config.pooling).to(self.weight.dtype)
+        text = pooled(states, mask, self.config.pooling, segments).to(self.weight.dtype)
         text = F.dropout(text, self.config.dropout, self.training)
         if self.config.hidden:
             text = torch.tanh(torch.einsum("bd,bhd->bh", text, self.hidden_weight[ids]) + self.hidden_bias[ids])
@@ -149,13 +160,28 @@ class TaskHeads(nn.Module):
         return logits.masked_fill(beyond, -math.inf)
 
 
-def pooled(states: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """One vector per row, `[B, D]`, from states `[B, S, D]` and mask `[B, S]`."""
+def pooled(states: Tensor, mask: Tensor | None, pooling: Pooling, segments: Tensor | None = None) -> Tensor:
+    """One vector per row, `[B, F]`, from states `[B, S, D]`, mask and segments `[B, S]`.
+
+    Raises:
+        PemlError: pairs are wanted, and nothing tells the two texts apart.
+    """
     if mask is None:
         mask = torch.ones(states.shape[:2], device=states.device)
     mask = mask.to(states.device, states.dtype)
     if pooling == "mean":
         return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    if pooling == "pair":
+        if segments is None:
+            raise PemlError(
+                'heads.pooling "pair" tells two texts apart by token_type_ids, which this call or model has not: '
+                'use "mean"'
+            )
+        second = mask * segments.to(mask)
+        first, alone = mask - second, second.sum(1, keepdim=True) == 0
+        a, b = ((states * part[..., None]).sum(1) / part.sum(1, keepdim=True).clamp_min(1) for part in (first, second))
+        b = torch.where(alone, a, b)
+        return torch.cat([a, b, (a - b).abs(), a * b], dim=-1)
     # Padding may be on either side.
     places = torch.arange(states.shape[1], device=states.device) * mask
     chosen = mask.argmax(1) if pooling == "first" else places.argmax(1)
@@ -211,7 +237,9 @@ class HeadHost(nn.Module, BaseTunerLayer):
         """Nothing to undo."""
 
 
-def answered(heads: TaskHeads, output: Any, mask: Tensor | None, ids: Tensor) -> HeadsOutput | tuple[Any, ...]:
+def answered(
+    heads: TaskHeads, output: Any, mask: Tensor | None, ids: Tensor, segments: Tensor | None = None
+) -> HeadsOutput | tuple[Any, ...]:
     """A model's output with the logits of the heads.
 
     Args:
@@ -219,9 +247,10 @@ def answered(heads: TaskHeads, output: Any, mask: Tensor | None, ids: Tensor) ->
         output: of the encoder, `ModelOutput` or tuple.
         mask: `[B, S]`, or None.
         ids: of the tasks, `[B]` or `[1]`.
+        segments: `[B, S]`, or None.
     """
     states = output[0]
-    logits = heads(states, mask, ids)
+    logits = heads(states, mask, ids, segments)
     if isinstance(output, tuple):
         return logits, *output
     return HeadsOutput(

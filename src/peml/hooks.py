@@ -47,7 +47,7 @@ class Opener(Protocol):
     def reads_input(self) -> bool:
         """Whether every row has a prompt of its own, made from its text."""
 
-    def answer(self, forward: Forward, output: Any, mask: Tensor | None) -> Any:
+    def answer(self, forward: Forward, output: Any, mask: Tensor | None, segments: Tensor | None) -> Any:
         """A model's output, with the logits of the heads if there are any."""
 
 
@@ -137,7 +137,9 @@ class ForwardHooks:
             if forward.front is not None and not self._encodes_first():
                 length, classes = kwargs["inputs_embeds"].shape[1], getattr(self.model.config, "num_labels", None)
                 output = attention.shortened(output, length, forward.front.shape[1], classes)
-            output = self.opener.answer(forward, output, self._text_mask(forward, args, kwargs))
+            segments = self._argument("token_type_ids", args, kwargs)
+            own = (self._of_text(forward, part) for part in (self._mask(args, kwargs), segments))
+            output = self.opener.answer(forward, output, *own)
         routing.leave(module)
         return output
 
@@ -250,12 +252,11 @@ class ForwardHooks:
             return None  # it is the encoder's, and half of the layers read something else
         return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
-    def _text_mask(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """Which tokens of the text are no padding, without soft tokens behind the first."""
-        mask = self._mask(args, kwargs)
-        if mask is None or forward.front is None:
-            return mask
-        return torch.cat([mask[:, :1], mask[:, 1 + forward.front.shape[1] :]], dim=1)
+    def _of_text(self, forward: Forward, given: Tensor | None) -> Tensor | None:
+        """What has a place per token, without soft tokens behind the first."""
+        if given is None or forward.front is None:
+            return given
+        return torch.cat([given[:, :1], given[:, 1 + forward.front.shape[1] :]], dim=1)
 
     def _text(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], input_mask: Tensor | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from peml.errors import PemlError
+from peml.tasks import Task
 from peml.training.entries import near
 
 OWN: Mapping[str, Any] = {
@@ -23,6 +24,8 @@ OWN: Mapping[str, Any] = {
     "architecture_learning_rate": float | None,
     "head_learning_rate": float | None,
     "finetune_fraction": float,
+    "early_stopping_patience": int | None,
+    "early_stopping_threshold": float,
 }
 """What a recipe has beside transformers' arguments."""
 
@@ -37,6 +40,7 @@ DEFAULTS: Mapping[str, Any] = {
     "seed": 0,
     "dtype": "auto",
     "finetune_fraction": 0.1,
+    "early_stopping_threshold": 0.0,
 }
 
 _AT_LEAST: Mapping[str, float] = {
@@ -56,8 +60,13 @@ _AT_LEAST: Mapping[str, float] = {
     "finetune_fraction": 0,
     "seed": 0,
     "dataloader_num_workers": 0,
+    "early_stopping_patience": 1,
+    "early_stopping_threshold": 0,
 }
 _BELOW: Mapping[str, float] = {"finetune_fraction": 1, "seed": 2**32, "label_smoothing_factor": 1}
+
+AVERAGE = "eval_average"
+"""Mean over the tasks of the first metric of each."""
 
 _OURS = {
     "disable_tqdm": "peml shows its own bar",
@@ -117,9 +126,8 @@ def training_arguments(train: Mapping[str, Any], learning_rate: float, output_di
     given = {k: v for k, v in {**DEFAULTS, **train}.items() if k not in OWN and k != "output_dir"}
     if "num_train_epochs" in train and "max_steps" not in train:
         given.pop("max_steps")
-    if given.get("load_best_model_at_end"):
-        given.setdefault("metric_for_best_model", "eval_average")
-        given.setdefault("greater_is_better", True)
+    if chooses_best(train):
+        given = _with_best(given)
     given.setdefault("learning_rate", learning_rate)
     given.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     given.setdefault("save_strategy", "steps")
@@ -130,6 +138,58 @@ def training_arguments(train: Mapping[str, Any], learning_rate: float, output_di
         return TrainingArguments(**given, output_dir=output_dir)
     except Exception as error:  # values are checked here and there inside, with errors of every type
         raise PemlError(f"train: {one_line(error)}") from error
+
+
+def chooses_best(train: Mapping[str, Any]) -> bool:
+    """Whether the best checkpoint is kept, not the last; stopping early, and naming a metric, mean that as well."""
+    wanted = train.get("early_stopping_patience") is not None or train.get("metric_for_best_model") is not None
+    return bool(train.get("load_best_model_at_end", wanted))
+
+
+def _with_best(given: dict[str, Any]) -> dict[str, Any]:
+    """What choosing a checkpoint needs and the recipe leaves open.
+
+    Our choice: ten evaluations, or one per epoch where the training is counted in epochs.
+    """
+    metric = str(given.get("metric_for_best_model") or AVERAGE)
+    how = "epoch" if "max_steps" not in given else "steps"
+    how = given["save_strategy"] if given.get("save_strategy") in ("steps", "epoch") else how
+    best = {
+        "load_best_model_at_end": True,
+        "greater_is_better": not metric.endswith("/loss"),
+        "eval_strategy": how,
+    }
+    given = best | given | {"metric_for_best_model": metric}
+    given.setdefault("save_strategy", given["eval_strategy"])
+    if given["eval_strategy"] == "steps":
+        tenth = max(1, int(given.get("max_steps", 10)) // 10)
+        given.setdefault("eval_steps", given.get("save_steps", tenth))
+        given.setdefault("save_steps", given["eval_steps"])
+    # The patience that is left is part of a run that is resumed.
+    given.setdefault("restore_callback_states_from_checkpoint", True)
+    return given
+
+
+def check_best(train: Mapping[str, Any], tasks: Sequence[Task]) -> None:
+    """Refuse a metric that no evaluation gives, and patience without a choice.
+
+    Raises:
+        PemlError: naming the key, and what there is.
+    """
+    if train.get("early_stopping_patience") is not None:
+        if not chooses_best(train):
+            raise PemlError("train.early_stopping_patience keeps the best checkpoint: leave out load_best_model_at_end")
+        if train.get("eval_strategy", "steps") == "no":
+            raise PemlError("train.early_stopping_patience needs evaluations: leave out eval_strategy")
+    metric = train.get("metric_for_best_model")
+    if metric is None:
+        return
+    known = {AVERAGE} | {f"eval_{task.name}/{name}" for task in tasks for name in (*task.metrics, "loss")}
+    full = metric if metric.startswith("eval_") else f"eval_{metric}"
+    if full not in known:
+        raise PemlError(
+            f"train.metric_for_best_model must be one of {', '.join(sorted(known))}, not {metric!r}{near(full, known)}"
+        )
 
 
 def one_line(error: BaseException) -> str:

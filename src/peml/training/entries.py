@@ -70,7 +70,7 @@ class OwnEntry(Section):
         subset: configuration name of a Hub data set.
         split: names of the training and evaluation splits of a Hub data set.
         kind: as in `peml.Task`; may be left out, for `generate`, where rows are as TRL has them.
-        prompt, texts, choices, answer, labels, metrics: as in `peml.Task`.
+        prompt, texts, choices, answer, labels, metrics, score, group, references, few_shot: as in `peml.Task`.
         chat: whether the prompt is asked as a user's turn of the model's chat template; None: as the recipe says.
     """
 
@@ -84,12 +84,16 @@ class OwnEntry(Section):
     limit_train: int | None = Field(None, gt=0)
     limit_eval: int | None = Field(None, gt=0)
     kind: Literal["choose", "generate", "classify", "regress"] | None = None
-    prompt: Annotated[list[str], Field(min_length=1)] | str | None = None
+    prompt: Texts | str | None = None
     texts: Texts | str = []
     answer: str | None = None
     choices: Texts | str | None = None
     labels: dict[Any, Any] = {}
     metrics: list[str] = []
+    score: list[str] = []
+    group: str | None = None
+    references: str | None = None
+    few_shot: int = Field(0, ge=0)
     max_new_tokens: int = Field(16, gt=0)
     length_normalization: bool = False
     chat: bool | None = None
@@ -99,7 +103,7 @@ class OwnEntry(Section):
     def _whole(self) -> OwnEntry:
         lacking = [key for key in ("kind", "prompt", "answer") if getattr(self, key) is None]
         if self.prompt is None and self.answer is None:
-            if self.kind in (None, "generate") and self.choices is not None:
+            if self.kind is None and self.choices is not None:
                 raise PemlError("the key kind is missing: choices go with kind choose or classify")
         elif lacking:
             raise PemlError(f"the key {lacking[0]} is missing")
@@ -174,6 +178,10 @@ def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
             choices=choices,
             labels=labels,
             metrics=tuple(entry.metrics),
+            score=tuple(entry.score),
+            group=entry.group,
+            references=entry.references,
+            few_shot=entry.few_shot,
             max_new_tokens=entry.max_new_tokens,
             length_normalization=entry.length_normalization,
             chat=entry.chat,

@@ -1,10 +1,4 @@
-"""How token losses become one number: sums per task first, then an average over tasks.
-
-    L_t = sum of token losses of task t / answer tokens of task t         L = sum_t w_t L_t / sum_t w_t
-
-over the tasks present (`task_mean`, MFTCoder's recommendation: long answers and large tasks do not drown the rest).
-Tokens are counted over all micro-batches and devices of a step before dividing; averaging averages weighs wrongly.
-"""
+"""From logits to losses: of rows, of tasks, and of a whole step; how they become one number is `peml.balance.means`."""
 
 from __future__ import annotations
 
@@ -15,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peml.balance import Mean, shares
 from peml.tasks.encode import IGNORED, Form
 
 
@@ -50,16 +45,19 @@ def by_task(values: Tensor, tasks: Sequence[int], num_tasks: int) -> Tensor:
     return torch.zeros(num_tasks, dtype=values.dtype, device=values.device).index_add_(0, rows, values)
 
 
-def task_mean(sums: Tensor, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Weighted mean over tasks of the mean token loss of each; tasks without tokens do not count.
+def balanced(mean: Mean, sums: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weighted mean of the losses of the tasks; tasks without rows do not count.
+
+    Args:
+        mean: see `peml.balance.means`.
+        sums, counts: by task, of rows as `peml.balance.per_sample` gives them.
+        weights: of the tasks; None: all the same.
 
     Shapes:
-        sums, tokens and weights `[T]`; `tokens` may cover more rows than `sums`, as under gradient accumulation.
+        sums, counts and weights `[T]`; `counts` may cover more rows than `sums`, as under gradient accumulation.
     """
-    present = tokens > 0
     weights = torch.ones_like(sums) if weights is None else weights.to(sums)
-    means = sums / tokens.clamp_min(1)
-    return (weights * means * present).sum() / (weights * present).sum().clamp_min(torch.finfo(sums.dtype).tiny)
+    return (shares(mean, counts, weights) * sums / counts.clamp_min(1)).sum()
 
 
 class LossMeter:

@@ -89,7 +89,10 @@ class RunLog(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the bar away."""
+        """Take the bar away; say which step was kept, where that is not the last."""
+        if state.is_world_process_zero and (chosen := kept(args, state)):
+            elapsed = round(self.spent + time.perf_counter() - self._start, 3)
+            self.folder.append_log({"step": state.global_step, "elapsed_seconds": elapsed, **chosen})
         if self.bar is not None:
             self.progress.remove_task(self.bar)
             self.bar = None
@@ -100,3 +103,12 @@ class RunLog(TrainerCallback):
             if kind == "loss" and slash:
                 self.first_loss.setdefault(task, value)
                 self.last_loss[task] = value
+
+
+def kept(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+    """Which step was the best, and by what; nothing where the last one is kept."""
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return {}
+    metric = args.metric_for_best_model
+    metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+    return {"kept": {"step": state.best_global_step, "metric": metric, "value": float(state.best_metric)}}

@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PlainSerializer, ValidationError, model_validator
 from transformers import TrainingArguments
 
 from peml.adapters import AdapterConfig
+from peml.balance import Balance, Equal
 from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.methods import METHODS, method, named
-from peml.mixing import Mixing
+from peml.mixing import Batches, By, Mixing
 from peml.prompts import Attempt, MultitaskPrompt
 from peml.tasks import Task
-from peml.training.arguments import DEFAULTS, checked, one_line, training_arguments
+from peml.training.arguments import AVERAGE, DEFAULTS, check_best, checked, one_line, training_arguments
+from peml.training.balancing import read_balance, write_balance
 from peml.training.entries import OwnEntry, Section, SuiteEntry, build_tasks, first_problem, read_entry
 from peml.training.folder import RESOLVED
 from peml.training.regime import REGIMES, DistilThenAdapt, Grow, Joint, read_regime
@@ -49,10 +51,21 @@ FOREIGN_KEYS: Mapping[str, str] = {
 class MixingSection(Section):
     """How tasks share an epoch and a batch; see `peml.mixing`."""
 
-    by: Literal["proportional", "temperature", "equal", "subset"] = "temperature"
+    by: By = "temperature"
     temperature: float = Field(2.0, gt=0)
-    cap: int | None = Field(None, gt=0)
-    batches: Literal["mixed", "homogeneous"] = "mixed"
+    weights: dict[str, float] | None = None
+    cap: int | dict[str, int] | None = None
+    epochs: float | dict[str, float] | None = None
+    batches: Batches = "mixed"
+
+    def among(self, tasks: Sequence[str]) -> MixingSection:
+        """The section for some of the tasks only."""
+        named = {
+            key: {name: value for name, value in given.items() if name in tasks}
+            for key in ("weights", "cap", "epochs")
+            if isinstance(given := getattr(self, key), dict)
+        }
+        return self.model_copy(update=named)
 
 
 class Recipe(Section):
@@ -65,7 +78,7 @@ class Recipe(Section):
         set: changes to the method, e.g. `{adapter.r: 16, prompt.num_virtual_tokens: 32}`.
         chat: whether every task is asked as a user's turn of the model's chat template, unless it says otherwise.
         mixing: how tasks share a batch.
-        balance: how tasks share the loss; "equal" is the mean over tasks.
+        balance: how tasks share the loss and the gradient, by name or with settings; "equal" is the mean over tasks.
         regime: how the parts are trained, by name or with settings; None: as the method says.
         train: names of `TrainingArguments`, and `dtype`, `attn_implementation`, `max_length`,
             `prompt_learning_rate`, `task_prompt_learning_rate`, `architecture_learning_rate`, `head_learning_rate`,
@@ -81,7 +94,7 @@ class Recipe(Section):
     set: dict[str, Any] = Field(default_factory=dict)
     chat: bool = False
     mixing: MixingSection = MixingSection()
-    balance: Literal["equal"] = "equal"
+    balance: Annotated[Balance, PlainSerializer(write_balance)] = Equal()
     regime: Joint | DistilThenAdapt | Grow | None = None
     train: dict[str, Any] = Field(default_factory=dict)
     evaluate_before: bool = True
@@ -95,6 +108,8 @@ class Recipe(Section):
         data = {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
         if isinstance(data.get("train"), dict):
             data["train"] = checked(data["train"])
+        if "balance" in data:
+            data["balance"] = read_balance(data["balance"])
         if data.get("regime") is not None:
             known = METHODS.get(str(data.get("method")))
             data["regime"] = read_regime(data["regime"], "joint" if known is None else known.regime)
@@ -109,7 +124,8 @@ class Recipe(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise PemlError(f"tasks: {twice[0]!r} is there twice; give each task a name of its own")
-        self.build_mixing()
+        self.build_mixing().check(names)
+        check_best(self.train, self.build_tasks())
         prompt = method(self.method, names, self.set).prompt
         if isinstance(self.how, DistilThenAdapt):
             self.how.check(names)
@@ -117,6 +133,11 @@ class Recipe(Section):
                 raise PemlError(
                     f"regime distil_then_adapt trains a MultitaskPrompt or Attempt, and method {self.method!r} has "
                     "neither: use mpt, or the regime joint"
+                )
+            if self.balance.needs_gradients and self.how.distillation_weight > 0:
+                raise PemlError(
+                    "balance cannot keep the gradients of tasks apart while a student is distilled: use another rule, or "
+                    "regime: {distillation_weight: 0}"
                 )
         elif isinstance(self.how, Grow):
             self.how.check(names)
@@ -154,7 +175,13 @@ class Recipe(Section):
             if own and isinstance(entry, SuiteEntry):
                 entry = entry.model_copy(update={"include": own, "exclude": None})
             entries += [entry] if own else []
-        return self.model_copy(update={"tasks": entries, "regime": Joint(), **changes})
+        own = {"tasks": entries, "regime": Joint(), "mixing": self.mixing.among(tasks), **changes}
+        train = own.get("train", self.train)
+        metric = train.get("metric_for_best_model")
+        if metric is not None and not any(f"{task}/" in metric for task in tasks):
+            # The task that chooses the checkpoint is not in this stage.
+            own["train"] = {**train, "metric_for_best_model": AVERAGE}
+        return self.model_copy(update=own)
 
     def task_weights(self) -> dict[str, float]:
         """Weight of each task in the loss."""

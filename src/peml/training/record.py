@@ -14,7 +14,7 @@ from peml.attached import count
 from peml.config import part_to_dict
 from peml.evaluation import average, suite_averages
 from peml.prompts import PrefixGenerator
-from peml.training.progress import RunLog
+from peml.training.progress import RunLog, kept
 from peml.training.trainer import MultiTaskTrainer, learning_rates
 from peml.training.workbench import Workbench
 
@@ -33,6 +33,7 @@ def record_of(
         "parameters": {part: count(own) for part, own in tuner.parts().items() if own},
         "learning_rates": learning_rates(trainer),
         "steps": trainer.state.global_step,
+        **kept(trainer.args, trainer.state),
         "train_seconds": round(seconds, 3),
         "peak_memory_bytes": _peak_memory(),
         "adapter": part_to_dict(config.adapter),

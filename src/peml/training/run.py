@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from peml.training.progress import RunLog, progress_bar
 from peml.training.recipe import Recipe, load_recipe
 from peml.training.record import record_of
 from peml.training.regime import Joint
-from peml.training.trainer import MultiTaskTrainer
+from peml.training.trainer import MultiTaskTrainer, Patience
 from peml.training.workbench import Workbench, prepare
 
 
@@ -110,7 +111,7 @@ def train(
         if main:
             folder.write_json(folder.metrics, metrics)
         begun = time.perf_counter()
-        if checkpoint is not None and _step(checkpoint) >= trainer.args.max_steps > 0:
+        if checkpoint is not None and trainer.has_ended(checkpoint):
             trainer.finish_from(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -189,13 +190,14 @@ def _trainer(
             task_prompt_learning_rate=recipe.train.get("task_prompt_learning_rate"),
             architecture_learning_rate=recipe.train.get("architecture_learning_rate"),
             head_learning_rate=recipe.train.get("head_learning_rate"),
+            balance=recipe.balance,
             task_weights=recipe.task_weights(),
             finetune_fraction=recipe.setting("finetune_fraction"),
             distillation=distillation,
             evaluate_tasks=bench.evaluate,
             data_collator=Collator(_pad_token(bench.tokenizer), bench.form),
             processing_class=bench.tokenizer,
-            callbacks=[log],
+            callbacks=[log, *_patience(recipe)],
         )
         trainer.create_optimizer_and_scheduler(num_training_steps=max(1, arguments.max_steps))
         trainer.get_train_dataloader()
@@ -206,11 +208,17 @@ def _trainer(
     finally:
         # transformers makes its folder when it is built, which is too early for us.
         for path, before in zip((Path(arguments.output_dir), Path(arguments.output_dir).parent), existed, strict=True):
-            if not before and path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+            if not before:
+                with suppress(OSError):  # it holds something, or another process was first
+                    path.rmdir()
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _patience(recipe: Recipe) -> list[Patience]:
+    patience = recipe.setting("early_stopping_patience")
+    return [] if patience is None else [Patience(patience, recipe.setting("early_stopping_threshold"))]
 
 
 def open_run(path: str | Path) -> tuple[Workbench, PeftModel]:

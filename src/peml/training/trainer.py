@@ -6,6 +6,7 @@ distribution and checkpoints are the Trainer's.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,20 +15,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peml.balance import Balance, CoBa, Equal, per_sample
 from peml.errors import PemlError
-from peml.mixing import Mixing, MixtureSampler
+from peml.mixing import Mixing, MixtureSampler, held_out
+from peml.training.balancing import Balancer, BalanceUpdates
 from peml.training.data import Collator, TaskRows, call_of
 from peml.training.distillation import Distillation
-from peml.training.loss import LossMeter, by_task, row_counts, row_losses, task_mean
+from peml.training.loss import LossMeter, balanced, by_task, row_counts, row_losses
+from peml.training.steps import BalancedSteps
 from peml.tuner import PemlModel
 
 FINETUNE_FRACTION = 0.1
 """Share of the training that follows the search, on the derived architecture: our choice."""
 
 
-class MultiTaskTrainer(Trainer):
+class MultiTaskTrainer(BalancedSteps):
     """Train one PEML adapter on many tasks.
 
     Args:
@@ -38,7 +42,8 @@ class MultiTaskTrainer(Trainer):
         prompt_learning_rate, task_prompt_learning_rate, architecture_learning_rate: of the prompt, of what in it
             belongs to single tasks, and of what chooses a structure; None: the prompt's own default.
         head_learning_rate: of the heads; None: as the adapter's.
-        task_weights: weight of each task in the loss; None: all 1.
+        balance: how tasks share the loss and the gradient; None: equally.
+        task_weights: weight of each task in the loss, beside those of the balance; None: all 1.
         finetune_fraction: share of the steps after the architecture is derived.
         distillation: what is learnt from a teacher; None: nothing.
         evaluate_tasks: called with the model, returns `{task: {metric: value}}`; `score` of each task
@@ -60,6 +65,7 @@ class MultiTaskTrainer(Trainer):
         task_prompt_learning_rate: float | None = None,
         architecture_learning_rate: float | None = None,
         head_learning_rate: float | None = None,
+        balance: Balance | None = None,
         task_weights: Mapping[str, float] | None = None,
         finetune_fraction: float = FINETUNE_FRACTION,
         distillation: Distillation | None = None,
@@ -93,7 +99,7 @@ class MultiTaskTrainer(Trainer):
             "heads": head_learning_rate,
         }
         self._distillation = distillation
-        self._weights = None if task_weights is None else torch.tensor([task_weights[n] for n in self.task_names])
+        self.balance = balance or Equal()
         self._evaluate_tasks = evaluate_tasks
         self._meter = LossMeter(self.task_names)
         self._penalties: dict[str, Tensor] = {}
@@ -106,20 +112,46 @@ class MultiTaskTrainer(Trainer):
         # The loss is divided by the tokens of the whole step, so accumulation must not divide it again.
         self.loss_is_scaled_for_ga = True
         self.add_callback(SearchSchedule(self.tuner, finetune_fraction))
+        self.balancer = Balancer(
+            self.balance, self.task_names, task_weights, args.seed, self._obstacle(config, distillation)
+        )
+        self.add_callback(BalanceUpdates(self))
+        if isinstance(self.balance, CoBa):
+            self.held_out = held_out(train_dataset.row_tasks, self.task_names, self.balance.rows, args.seed)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows: TaskRows = self.train_dataset
-        return MixtureSampler(rows.row_tasks, self.mixing, self.args.seed, self.args.train_batch_size)
+        sampler = MixtureSampler(
+            rows.row_tasks,
+            self.mixing,
+            self.args.seed,
+            self.args.train_batch_size,
+            task_names=self.task_names,
+            without=self.held_out,
+        )
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        steps = self.args.max_steps
+        sampler.check(steps * batch if steps > 0 else math.ceil(self.args.num_train_epochs * len(sampler)))
+        return sampler
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
-        """Answer tokens by task over the micro-batches and devices of a step, `[T]`."""
+        """What the loss is divided by: losses or rows by task, over the micro-batches and devices of a step, `[T]`."""
         if not batch_samples:
             return None
-        counts = sum(
-            by_task(row_counts(self.form, b["labels"].cpu()), b["tasks"], len(self.task_names)) for b in batch_samples
-        )
-        assert isinstance(counts, Tensor)
+        counts = torch.zeros(len(self.task_names), dtype=torch.long)
+        for batch in batch_samples:
+            of_rows = row_counts(self.form, batch["labels"].cpu())
+            _, of_rows = per_sample(self.balance.mean, of_rows, of_rows)
+            counts += by_task(of_rows, batch["tasks"], len(self.task_names))
         return self.accelerator.reduce(counts.to(device), "sum")  # type: ignore[no-any-return]
+
+    def sums_by_task(self, logits: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Losses of the answers, and how many they are, by task, `[T]`."""
+        labels = inputs["labels"]
+        losses = self._row_losses(logits, labels, inputs["tasks"])
+        losses, counts = per_sample(self.balance.mean, losses, row_counts(self.form, labels))
+        sums, counts = (by_task(values, inputs["tasks"], len(self.task_names)) for values in (losses, counts))
+        return sums, counts
 
     def compute_loss(
         self,
@@ -128,26 +160,29 @@ class MultiTaskTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Task-mean loss of the answers, plus the penalties of prompt and features."""
-        labels, tasks = inputs["labels"], inputs["tasks"]
-        given = call_of(self.form, self.tuner.model, inputs)
+        """Balanced mean over tasks of the loss of the answers, plus the penalties of prompt and features."""
+        given = self.call(inputs)
         if self._distillation is not None:
             given["output_hidden_states"] = True
         outputs = model(**given)
-        losses = self._row_losses(outputs.logits, labels, tasks)
-        sums = by_task(losses, tasks, len(self.task_names))
-        tokens = by_task(row_counts(self.form, labels), tasks, len(self.task_names))
+        sums, counts = self.sums_by_task(outputs.logits, inputs)
         if model.training:
-            self._meter.add(sums, tokens)
-        whole = num_items_in_batch if isinstance(num_items_in_batch, Tensor) else tokens
-        # Gradients are averaged over devices, whereas `whole` already counts all of them.
-        loss = task_mean(sums, whole.to(sums.device), self._weights) * self.accelerator.num_processes
+            self._meter.add(sums, counts)
+            self.balancer.add(sums)
+        whole = num_items_in_batch if isinstance(num_items_in_batch, Tensor) else counts
+        loss = balanced(self.balance.mean, sums, whole.to(sums.device), self.balancer.weights())
         terms = self.tuner.penalties() if torch.is_grad_enabled() else {}
         if self._distillation is not None and torch.is_grad_enabled():
-            terms |= self._distillation(model, given, labels, outputs)
+            terms |= self._distillation(model, given, inputs["labels"], outputs)
         self._penalties = {name: term.detach() for name, term in terms.items()}
+        # Gradients are averaged over devices, whereas `whole` already counts all of them.
+        loss = loss * self.accelerator.num_processes
         loss = loss + sum(terms.values(), 0.0) / getattr(self, "current_gradient_accumulation_steps", 1)
         return (loss, outputs) if return_outputs else loss
+
+    def call(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model is called with."""
+        return call_of(self.form, self.tuner.model, inputs)
 
     def _row_losses(self, logits: Tensor, labels: Tensor, tasks: Sequence[int]) -> Tensor:
         config, smoothing = self.tuner.config_in_force, self.args.label_smoothing_factor
@@ -170,8 +205,23 @@ class MultiTaskTrainer(Trainer):
         """Take over the checkpoint of the last step: nothing is left to train, only to derive."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
         self.callback_handler.on_train_begin(self.args, self.state, self.control)
         self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def has_ended(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is that of the last step, or of the one at which patience came to its end."""
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        control = state["stateful_callbacks"].get("TrainerControl", {}).get("args", {})
+        return state["global_step"] >= self.args.max_steps > 0 or bool(control.get("should_training_stop"))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Transformers' own, but while a search is open: what is kept would not be what was measured."""
+        return not self._searches() and super()._determine_best_metric(metrics, trial)
+
+    def _searches(self) -> bool:
+        return bool(getattr(self.tuner.prompt, "searching", False))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss of each task and the penalties to what is logged."""
@@ -184,6 +234,7 @@ class MultiTaskTrainer(Trainer):
                     "lower the learning rates"
                 )
             logs |= {f"loss/{name}": value for name, value in by_task.items()}
+            logs |= self.balancer.pop()
             logs |= {f"penalty/{name}": float(value) for name, value in self._penalties.items()}
         super().log(logs, start_time)
 
@@ -199,6 +250,18 @@ class MultiTaskTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class Patience(EarlyStoppingCallback):
+    """transformers' early stopping, which begins when a search is over."""
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        """One evaluation more or less to wait."""
+        prompt = kwargs["model"].base_model.prompt
+        if not getattr(prompt, "searching", False):
+            super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
 class SearchSchedule(TrainerCallback):
