@@ -229,7 +229,8 @@ class HubSource(Source):
         import datasets
 
         try:
-            return datasets.load_dataset(self.path, self.name, split=split, revision=self.revision, streaming=streaming)
+            lazily = {"streaming": True} if streaming else {}
+            return datasets.load_dataset(self.path, self.name, split=split, revision=self.revision, **lazily)
         except Exception as error:  # the Hub, the network and the builder of any data set may fail in any way
             reason = str(error).strip().split("\n")[0]
             raise PemlError(
