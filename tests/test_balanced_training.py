@@ -107,7 +107,9 @@ def test_static_weights_go_with_every_rule(tmp_path: Path) -> None:
 
 
 def test_other_means_train(tmp_path: Path) -> None:
-    runs = {mean: run(tmp_path, mean, PLAIN, balance={"mean": mean}) for mean in ("task_mean", "token_mean", "sample_mean")}
+    runs = {
+        mean: run(tmp_path, mean, PLAIN, balance={"mean": mean}) for mean in ("task_mean", "token_mean", "sample_mean")
+    }
     losses = {mean: log(folder)[0]["loss"] for mean, folder in runs.items()}
     assert len(set(losses.values())) == 3
     apart = run(tmp_path, "apart", PLAIN, balance={"mean": "token_mean", "gradients_every": 1})
@@ -203,7 +205,9 @@ def test_what_cannot_be_kept_apart_is_refused(tmp_path: Path, changes: dict[str,
 
 def test_a_student_is_not_distilled_task_by_task(tmp_path: Path) -> None:
     data = recipe(tmp_path, method="mpt", set={}, balance="pcgrad")
-    with pytest.raises(Exception, match="balance cannot keep the gradients of tasks apart while a student is distilled"):
+    with pytest.raises(
+        Exception, match="balance cannot keep the gradients of tasks apart while a student is distilled"
+    ):
         Recipe.model_validate(data)
     Recipe.model_validate(data | {"regime": {"distillation_weight": 0}})
     Recipe.model_validate(data | {"regime": "joint"})

@@ -131,7 +131,10 @@ def test_an_open_search_is_not_what_would_be_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("train_with", "message"),
     [
-        ({"metric_for_best_model": "rte/accuracy"}, "must be one of eval_average, .*eval_size/accuracy.*'rte/accuracy'"),
+        (
+            {"metric_for_best_model": "rte/accuracy"},
+            "must be one of eval_average, .*eval_size/accuracy.*'rte/accuracy'",
+        ),
         ({"metric_for_best_model": "eval_size/acuracy"}, "did you mean eval_size/accuracy?"),
         ({"early_stopping_patience": 0}, "early_stopping_patience must be 1 or more"),
         ({"early_stopping_patience": 1, "load_best_model_at_end": False}, "leave out load_best_model_at_end"),

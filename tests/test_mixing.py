@@ -120,7 +120,10 @@ def test_a_large_mixture_is_drawn_quickly() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"by": "size"}, "`by` must be one of proportional, temperature, equal, weights, fixed_ratio, subset, not 'size'"),
+        (
+            {"by": "size"},
+            "`by` must be one of proportional, temperature, equal, weights, fixed_ratio, subset, not 'size'",
+        ),
         ({"batches": "one"}, "`batches` must be one of mixed, homogeneous, not 'one'"),
         ({"temperature": 0.0}, "`temperature` must be above 0, not 0.0"),
         ({"temperature": float("nan")}, "`temperature` must be above 0"),

@@ -3,10 +3,10 @@ r"""How tasks share an epoch and a batch.
     p_t ~ min(n_t, cap)^(1/tau)        for n_t rows of task t
 
 tau = 1 is `proportional`, tau = infinity is `equal`; tau = 2 is the default; `weights` gives p_t as it stands.
-`fixed_ratio` has p_t of every batch, not only of an epoch. `subset` draws k ~ U{2..T} tasks for every batch, which share
-it equally (multitask prompt tuning, arXiv:2303.02861). The rows of an epoch are a function of (seed, epoch) alone, never
-of what was drawn before, so a resumed run sees the rows that an uninterrupted one sees, whatever number of workers
-loads them.
+`fixed_ratio` has p_t of every batch, not only of an epoch. `subset` draws k ~ U{2..T} tasks for every batch, which
+share it equally (multitask prompt tuning, arXiv:2303.02861). The rows of an epoch are a function of (seed, epoch)
+alone, never of what was drawn before, so a resumed run sees the rows that an uninterrupted one sees, whatever number of
+workers loads them.
 """
 
 import math
@@ -33,13 +33,13 @@ class Mixing:
     """How often each task is drawn.
 
     Attributes:
-        by: `proportional` to the number of rows, its root by `temperature`, `equal` for all tasks, by given `weights`, a
-            `fixed_ratio` in every batch, or a `subset` of the tasks in every batch.
+        by: `proportional` to the number of rows, its root by `temperature`, `equal` for all tasks, by given `weights`,
+            a `fixed_ratio` in every batch, or a `subset` of the tasks in every batch.
         temperature: tau, for `by="temperature"` only. 2 is our choice.
         weights: of every task, for `by="weights"`, and for `by="fixed_ratio"`, which is equal without.
         cap: rows beyond this number do not count for a task's share; one number for all tasks, or some by name.
-        epochs: passes over its rows that a task gives at most in the whole training; one number, or some by name. What it
-            no longer gives, the others do.
+        epochs: passes over its rows that a task gives at most in the whole training; one number, or some by name. What
+            it no longer gives, the others do.
         batches: `mixed`, or `homogeneous`: each batch of one task.
     """
 
@@ -78,7 +78,9 @@ class Mixing:
                 raise PemlError("mixing: `by: weights` needs `weights`, a number for each task")
             return
         if self.by not in ("weights", "fixed_ratio"):
-            raise PemlError(f"mixing: `weights` goes with `by: weights` and `by: fixed_ratio`, not with `by: {self.by}`")
+            raise PemlError(
+                f"mixing: `weights` goes with `by: weights` and `by: fixed_ratio`, not with `by: {self.by}`"
+            )
         for name, weight in self.weights.items():
             if not 0 < weight < math.inf:
                 raise PemlError(f"mixing: the weight of task {name!r} must be above 0, not {weight}")
@@ -93,9 +95,12 @@ class Mixing:
             given = getattr(self, key)
             for name in given if isinstance(given, Mapping) else ():
                 if name not in task_names:
-                    raise PemlError(f"mixing.{key} names {name!r}, which is no task here; there are {', '.join(task_names)}")
-        for name in task_names if self.weights is not None else ():
-            if name not in self.weights:
+                    raise PemlError(
+                        f"mixing.{key} names {name!r}, which is no task here; there are {', '.join(task_names)}"
+                    )
+        weights = dict.fromkeys(task_names) if self.weights is None else self.weights
+        for name in task_names:
+            if name not in weights:
                 raise PemlError(f"mixing.weights has no weight for task {name!r}: give it one")
 
     def task_probabilities(self, counts: Mapping[str, int]) -> dict[str, float]:
@@ -186,7 +191,9 @@ class MixtureSampler(Sampler[int]):
         )
         for name, limit in zip(names, self.limits.tolist(), strict=True):
             if limit < 1:
-                raise PemlError(f"mixing.epochs lets task {name!r} give less than a {'row' if self.block == 1 else 'batch'}")
+                raise PemlError(
+                    f"mixing.epochs lets task {name!r} give less than a {'row' if self.block == 1 else 'batch'}"
+                )
         self._dealt: list[Integers] = []
 
     def __len__(self) -> int:
@@ -207,8 +214,8 @@ class MixtureSampler(Sampler[int]):
         needed = math.ceil(samples / len(self)) * len(self)
         if needed > most:
             raise PemlError(
-                f"mixing.epochs lets the tasks give {most:.0f} rows in all, and the training draws {needed} (in epochs of "
-                f"{len(self)}): train fewer steps, allow more epochs, or leave a task without a limit"
+                f"mixing.epochs lets the tasks give {most:.0f} rows in all, and the training draws {needed} (in epochs "
+                f"of {len(self)}): train fewer steps, allow more epochs, or leave a task without a limit"
             )
 
     def __iter__(self) -> Iterator[int]:
@@ -239,7 +246,7 @@ class MixtureSampler(Sampler[int]):
         return self._subsets(epoch) if self.by == "subset" else self._ratios(epoch)
 
     def _subsets(self, epoch: int) -> Integers:
-        """k ~ U{2..T} tasks in each, as equally as can be."""
+        """K ~ U{2..T} tasks in each, as equally as can be."""
         random, tasks = self._generator(_SUBSETS, epoch), len(self.rows)
         plan = np.zeros((self.blocks, tasks), np.int64)
         for counts in plan:

@@ -20,11 +20,11 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from peml.balance import Balance, CoBa, Equal, per_sample
 from peml.errors import PemlError
 from peml.mixing import Mixing, MixtureSampler, held_out
-from peml.training.balancing import Balancer, BalanceUpdates
+from peml.training.balancing import Balancer
 from peml.training.data import Collator, TaskRows
 from peml.training.distillation import Distillation
 from peml.training.loss import LossMeter, balanced, by_task, row_counts, row_losses
-from peml.training.steps import BalancedSteps
+from peml.training.steps import BalancedSteps, StepUpdates
 from peml.tuner import PemlModel
 
 FINETUNE_FRACTION = 0.1
@@ -110,13 +110,13 @@ class MultiTaskTrainer(BalancedSteps):
         self.balancer = Balancer(
             self.balance, self.task_names, task_weights, args.seed, self._obstacle(config, distillation)
         )
-        self.add_callback(BalanceUpdates(self))
+        self.add_callback(StepUpdates(self))
         if isinstance(self.balance, CoBa):
             self.held_out = held_out(train_dataset.row_tasks, self.task_names, self.balance.rows, args.seed)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows: TaskRows = self.train_dataset
-        sampler = MixtureSampler(
+        self.sampler = MixtureSampler(
             rows.row_tasks,
             self.mixing,
             self.args.seed,
@@ -126,8 +126,9 @@ class MultiTaskTrainer(BalancedSteps):
         )
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         steps = self.args.max_steps
-        sampler.check(steps * batch if steps > 0 else math.ceil(self.args.num_train_epochs * len(sampler)))
-        return sampler
+        samples = steps * batch if steps > 0 else math.ceil(self.args.num_train_epochs * len(self.sampler))
+        self.sampler.check(samples)
+        return self.sampler
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """What the loss is divided by: losses or rows by task, over the micro-batches and devices of a step, `[T]`."""
@@ -201,7 +202,7 @@ class MultiTaskTrainer(BalancedSteps):
         return state["global_step"] >= self.args.max_steps > 0 or bool(control.get("should_training_stop"))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """transformers' own, but while a search is open: what is kept would not be what was measured."""
+        """Transformers' own, but while a search is open: what is kept would not be what was measured."""
         return not self._searches() and super()._determine_best_metric(metrics, trial)
 
     def _searches(self) -> bool:
