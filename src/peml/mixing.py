@@ -142,8 +142,8 @@ class MixtureSampler(Sampler[int]):
         mixing: how often each task is drawn.
         seed: seed of all draws.
         batch_size: rows per batch; matters where batches are planned: homogeneous ones, fixed ratios and subsets.
-        num_samples: rows per epoch; as many as the data set has by default. Planned batches are always whole, so there
-            it is rounded up to a multiple of `batch_size`.
+        num_samples: rows per epoch; as many as the data set has by default, or an even part of all that limited
+            tasks may give. Planned batches are always whole, so there it is rounded up to a multiple of `batch_size`.
         task_names: names of the ids, for a mixing that names tasks.
         without: rows that are never drawn.
     """
@@ -181,7 +181,6 @@ class MixtureSampler(Sampler[int]):
         # Each batch has a plan of its own, or units of a row or of a batch are dealt out to the tasks.
         self.planned = mixing.by in ("subset", "fixed_ratio")
         self.block = batch_size if mixing.batches == "homogeneous" or self.planned else 1
-        self.blocks = math.ceil(samples / self.block)
         # Blocks that each task gives in the whole training.
         self.limits = np.array(
             [
@@ -191,9 +190,12 @@ class MixtureSampler(Sampler[int]):
         )
         for name, limit in zip(names, self.limits.tolist(), strict=True):
             if limit < 1:
-                raise PemlError(
-                    f"mixing.epochs lets task {name!r} give less than a {'row' if self.block == 1 else 'batch'}"
-                )
+                unit = "row" if self.block == 1 else "batch"
+                raise PemlError(f"mixing.epochs lets task {name!r} give less than a {unit}: allow more")
+        self.blocks = math.ceil(samples / self.block)
+        if num_samples is None and math.isfinite(most := self.limits.sum()):
+            # Whole epochs of what the tasks may give, so that all of it can be drawn.
+            self.blocks = int(most // math.ceil(most / self.blocks))
         self._dealt: list[Integers] = []
 
     def __len__(self) -> int:
