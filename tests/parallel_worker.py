@@ -24,21 +24,27 @@ import peml
 from models import adapt, gradients, tiny, tokens
 
 PROMPTS = {"none": None, "PrefixNAS": peml.PrefixNAS(4, 2, 10, 6, 4, gate_init=0.5)}
-COMBINATIONS = [(a, "none") for a in SMALL_ADAPTERS if a != "none"] + [("MTLLoRA", "PrefixNAS")]
+COMBINATIONS = [(a, "none") for a in SMALL_ADAPTERS if a != "none"] + [("MTLLoRA", "PrefixNAS"), ("MTLLoRA", "heads")]
 TASKS_BY_RANK = [["rte", "cola"], ["sst2", "sst2"]]
+
+
+def base_of(prompt: str):
+    """With heads, a model without its own."""
+    return tiny().model if prompt == "heads" else tiny()
 
 
 def build(adapter: str, prompt: str, dtype: torch.dtype = torch.float64):
     """The same model in every process, in evaluation: methods that draw at random in training then do not."""
     torch.manual_seed(0)
-    model = adapt(tiny(), SMALL_ADAPTERS[adapter], PROMPTS[prompt]).to(dtype)
+    heads = peml.Heads((2, 1, 3), pooling="last") if prompt == "heads" else None
+    model = adapt(base_of(prompt), SMALL_ADAPTERS[adapter], PROMPTS.get(prompt), heads=heads).to(dtype)
     batch = tokens(4, 5)
     return model, batch
 
 
 def loss_of(model, batch, tasks):
     """A mean over rows, so that processes with as many rows average to the whole."""
-    return model(input_ids=batch, tasks=tasks).logits.square().mean()
+    return model(input_ids=batch, tasks=tasks).logits.nan_to_num(neginf=0.0).square().mean()
 
 
 def ddp(folder: Path, rank: int) -> None:
@@ -53,7 +59,8 @@ def ddp(folder: Path, rank: int) -> None:
 def fsdp(folder: Path, rank: int) -> None:
     for adapter, prompt in COMBINATIONS:
         model, batch = build(adapter, prompt, torch.float32)
-        for layer in model.base_model.model.model.layers:
+        base = model.base_model.model
+        for layer in getattr(base, "model", base).layers:
             fully_shard(layer)
         fully_shard(model)
         optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.01)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from peml.cli import main
 from peml.training import RunFolder
+from peml.training.recipe import load_recipe
+from suite_files import write_suite
 from workshop import recipe, write_recipe
 
 
@@ -69,6 +73,25 @@ def test_lists(peml) -> None:  # type: ignore[no-untyped-def]
     assert "glue/rte" in out and "toy/" in out
     _, out, _ = peml("tasks", "glue")
     assert "glue/rte" in out and "toy/" not in out
+    _, out, _ = peml("tasks", "list", "mmlu")
+    assert "mmlu/virology" in out and len(out.strip().split("\n")) > 57
+
+
+def test_rows_are_shown_as_a_model_reads_them(peml, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder = write_suite("glue", tmp_path / "glue")
+    code, out, _ = peml("tasks", "show", "glue/rte", "--path", folder, "--rows", "1")
+    assert code == 0 and "glue/rte, train 1" in out and "RTE/train.tsv:2" in out and "train 2" not in out
+    assert "Sentence 1: Ann lives in Oslo.\n" in out and "encoder 2  Ann lives in Norway." in out
+    assert re.search(r"answer +yes\n +choices +no \| yes\n", out)
+    _, out, _ = peml(
+        "tasks", "show", "glue", "--path", folder, "--split", "eval", "--model", "toy", "--max-length", "40"
+    )
+    assert out.count(", eval 1 ") == 9 and re.search(r"group +mismatched\n", out)
+    assert "tokens     40 of at most 40, truncated to: <bos>" in out
+    path = write_recipe(tmp_path)
+    name = load_recipe(path).every_task()[0].name
+    code, out, _ = peml("tasks", "show", f"{path}:{name}", "--rows", "2", "--few-shot", "1")
+    assert code == 0 and out.count(f"{name}, train") == 2 and "also right" not in out
 
 
 @pytest.mark.parametrize(
@@ -76,6 +99,12 @@ def test_lists(peml) -> None:  # type: ignore[no-untyped-def]
     [
         (["train", "none.yaml"], "there is no recipe none.yaml"),
         (["tasks", "gleu"], "did you mean 'glue'"),
+        (["tasks", "show", "gleu/rte"], "there is no suite 'gleu'; did you mean 'glue'"),
+        (["tasks", "show", "glue/rt"], "did you mean 'rte'"),
+        (["tasks", "show", "glue/rte", "--path", "nowhere"], "task 'rte': `path` nowhere is not a folder"),
+        (["tasks", "show", "none.yaml"], "there is no recipe none.yaml"),
+        (["tasks", "show", "none.yaml", "--path", "x"], "--path goes with a suite"),
+        (["tasks", "show", "toy/mood", "--model", "/nowhere"], "--model /nowhere could not be loaded"),
         (["evaluate", "nowhere"], "nowhere is not a folder"),
         (["inspect", "nowhere"], "nowhere holds no adapter"),
         (["evaluate", "nowhere", "--ablate", "prefix"], "--ablate takes prompt and adapter, not 'prefix'"),
@@ -122,3 +151,24 @@ def test_a_damaged_adapter_is_named(peml, tmp_path: Path) -> None:  # type: igno
     for command in ("inspect", "evaluate"):
         code, _, errors = peml(command, tmp_path / "run")
         assert code == 2 and "adapter_model.safetensors" in errors, command
+
+
+def test_a_task_is_added_from_the_command_line(peml, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    settings = recipe(tmp_path)
+    assert (
+        peml("train", write_recipe(tmp_path, method="mtl-lora", set={"adapter.r": 2}), "--output", tmp_path / "run")[0]
+        == 0
+    )
+    task = settings["tasks"][0] | {"name": "small"}
+    (tmp_path / "new.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    code, out, _ = peml("train", "--from", tmp_path / "run", "--add-task", tmp_path / "new.yaml", "--init", "copy:size")
+    assert code == 0 and "small" in out
+    grown = RunFolder(tmp_path / "run+new").read_metrics()
+    whole = RunFolder(tmp_path / "run").read_metrics()
+    assert grown["after"]["color"] == whole["after"]["color"]
+    assert 0 < sum(grown["parameters"].values()) < sum(whole["parameters"].values())
+    for arguments in (["train"], ["train", "--from", tmp_path / "run"], ["train", "x.yaml", "--add-task", "new.yaml"]):
+        code, _, error = peml(*arguments)
+        assert code == 2 and "give a recipe, or --from RUN with --add-task FILE" in error
+    code, _, error = peml("train", "--from", tmp_path / "run", "--add-task", tmp_path / "new.yaml", "--freeze", "all")
+    assert code == 2 and "freeze: input should be 'shared' or 'none', not 'all'" in error

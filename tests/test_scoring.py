@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from peml.errors import PemlError
 from peml.evaluation import average, evaluate_tasks, generate_answers, score_choices
 from peml.evaluation.scoring import log_likelihoods
-from peml.tasks import Encoded, Example, FileSource, Task, encode_choices
+from peml.tasks import Answers, Encoded, Example, FileSource, Task, encode_choices
 from workshop import tiny_tokenizer
 
 WORDS = [
@@ -219,8 +219,8 @@ def generated_by_evaluation(model: LlamaForCausalLM, tokenizer: PreTrainedTokeni
     examples = [Example("write", e.prompt, answer, (), e.origin) for e in questions()]
     written: list[str] = []
 
-    def listen(name: str, predictions: list[str], *rest: object) -> float:
-        written.extend(predictions)
+    def listen(name: str, given: Answers) -> float:
+        written.extend(given.predictions)
         return 0.0
 
     with pytest.MonkeyPatch.context() as patch:
@@ -325,9 +325,9 @@ def test_an_evaluation_has_metrics_size_and_loss(
         assert [line.description for line in progress.tasks] == ["odd", "even", "write"]
         assert progress.finished
     assert [list(values) for values in results.values()] == [
-        ["macro_f1", "accuracy", "n", "loss"],
-        ["accuracy", "n", "loss"],
-        ["exact_match", "n", "loss"],
+        ["macro_f1", "accuracy", "score", "n", "loss"],
+        ["accuracy", "score", "n", "loss"],
+        ["exact_match", "score", "n", "loss"],
     ]
     for name, examples in groups.items():
         right = [

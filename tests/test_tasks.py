@@ -15,6 +15,7 @@ from peml.tasks import (
     Example,
     FileSource,
     HubSource,
+    SuiteSource,
     Task,
     ToySource,
     encode,
@@ -395,7 +396,7 @@ def test_an_impossible_toy_source_is_named() -> None:
 
 def test_glue_suite_reads_like_the_hub_data() -> None:
     tasks = {task.name: task for task in suite_tasks("glue")}
-    assert list(tasks) == ["cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli"]
+    assert list(tasks) == ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
     fields = [
         "sentence",
         "sentence1",
@@ -406,8 +407,10 @@ def test_glue_suite_reads_like_the_hub_data() -> None:
         "premise",
         "hypothesis",
     ]
+    stsb = tasks.pop("stsb")
+    assert stsb.example({"sentence1": "a", "sentence2": "b", "label": 3.75}, "o").value == 3.75
     for task in tasks.values():
-        row: dict[str, Any] = {name: f"<{name}>" for name in fields}
+        row: dict[str, Any] = {name: f"<{name}>" for name in fields} | {"part": "matched"}
         answers = [task.example(row | {"label": n}, "o").answer for n in range(len(task.choices or ()))]
         assert sorted(answers) == sorted(task.choices or ())
         with pytest.raises(PemlError, match="the answer '-1' is not among"):  # the hidden labels of GLUE's test sets
@@ -417,14 +420,18 @@ def test_glue_suite_reads_like_the_hub_data() -> None:
     assert tasks["mrpc"].metrics == ("accuracy", "f1")
     assert tasks["mrpc"].choices == ("no", "yes") and tasks["mrpc"].labels["1"] == "yes"  # f1 asks for the last
     source = tasks["mnli"].source
-    assert isinstance(source, HubSource) and (source.name, source.eval) == ("mnli", "validation_matched")
+    assert isinstance(source, SuiteSource) and (source.published.hub, source.published.config) == (
+        "nyu-mll/glue",
+        "mnli",
+    )
+    assert list(source.published.eval.values()) == ["validation_matched", "validation_mismatched"]
 
 
 def test_tasks_of_a_suite_are_chosen_by_name() -> None:
     assert [task.name for task in suite_tasks("glue", ["rte", "cola", "rte"])] == ["rte", "cola"]
     assert "rte" not in [task.name for task in suite_tasks("glue", exclude=["rte"])]
     for call, message in (
-        (("glu",), "there is no suite 'glu'; did you mean 'glue'. there are glue, toy"),
+        (("glu",), "there is no suite 'glu'; did you mean 'glue'. there are glue, superglue, mmlu"),
         (
             ("glue", ["rt"]),
             "suite 'glue': `include` names the unknown task 'rt'; did you mean 'rte'. there are cola",

@@ -291,7 +291,11 @@ def test_models_that_are_not_causal_or_not_whole_are_refused(tmp_path: Path) -> 
     BertForMaskedLM(BertConfig(vocab_size=size, max_position_embeddings=64, **small)).save_pretrained(
         tmp_path / "model"
     )
-    with pytest.raises(PemlError, match=r"no causal language model|lacks the weights"):
+    with pytest.raises(PemlError, match="task 'color' writes its answers, but the model is an encoder"):
+        train(path, tmp_path / "run")
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"architectures": ["BertLMHeadModel"]}))
+    with pytest.raises(PemlError, match="no causal language model"):
         train(path, tmp_path / "run")
     for file in (tmp_path / "model").glob("token*"):
         file.unlink()

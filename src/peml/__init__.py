@@ -12,6 +12,7 @@ from peml.adapters import CGCLoRA, CPoly, HydraLoRA, LoRA, MoELoRA, MTLLoRA, Mul
 from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.evaluation import evaluate_tasks
+from peml.heads import Heads
 from peml.methods import match_params, method, methods
 from peml.prompts import Attempt, MultitaskPrompt, PrefixNAS, PrefixTuning, PromptTuning
 from peml.regimes import train
@@ -36,6 +37,7 @@ __all__ = [  # noqa: RUF022  (in the order in which a reader meets them)
     "PromptTuning",
     "MultitaskPrompt",
     "Attempt",
+    "Heads",
     # Named combinations of these
     "method",
     "methods",

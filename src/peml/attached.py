@@ -14,10 +14,11 @@ from peml.attention import PromptHost
 from peml.bank import BankLinear
 from peml.config import PemlConfig
 from peml.errors import PemlError
+from peml.heads import HeadHost, TaskHeads
 from peml.routing import Route
 
-HOST, HOOKS = "prompt_host", "_peml_hooks"
-"""Where the base model keeps its prompts, and the hooks that open a forward."""
+HOST, HEADS, HOOKS = "prompt_host", "head_host", "_peml_hooks"
+"""Where the base model keeps its prompts, its heads, and the hooks that open a forward."""
 
 
 class Attached(BaseTuner):
@@ -31,7 +32,7 @@ class Attached(BaseTuner):
     def adapter_in_force(self) -> str | None:
         """Name of the active adapter, as the layers have it: transformers' `set_adapter` tells only them."""
         for module in self.model.modules():
-            if isinstance(module, BankLinear | PromptHost):
+            if isinstance(module, BankLinear | PromptHost | HeadHost):
                 return module.active_adapters[0] if module.active_adapters else None
         return None
 
@@ -49,6 +50,16 @@ class Attached(BaseTuner):
         """The prompt module of the active adapter, or None."""
         host, name = self._prompt_host(), self.adapter_in_force or ""
         return None if host is None or name not in host.peml_prompt else host.peml_prompt[name]
+
+    def _head_host(self) -> HeadHost | None:
+        host = getattr(self.model, HEADS, None)
+        return host if isinstance(host, HeadHost) else None
+
+    @property
+    def heads(self) -> TaskHeads | None:
+        """The heads of the active adapter, or None."""
+        host, name = self._head_host(), self.adapter_in_force or ""
+        return None if host is None or name not in host.peml_head else host.peml_head[name]  # type: ignore[return-value]
 
     def _banks(self) -> list[BankLinear]:
         # Asked in every forward, and to walk a large model takes as long as a layer.
@@ -80,20 +91,21 @@ class Attached(BaseTuner):
                 layer._disable_adapters = False
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters of the active adapter by part: adapter, prompt, architecture, and other (`modules_to_save`)."""
+        """Parameters of the active adapter by part: adapter, prompt, architecture, heads, other (`modules_to_save`)."""
         architecture = [] if self.prompt is None else self.prompt.architecture_parameters()
         chosen = {id(p) for p in architecture}
         parts = {
             "adapter": [p for adapter in self._adapters() for p in adapter.parameters()],
             "prompt": [] if self.prompt is None else [p for p in self.prompt.parameters() if id(p) not in chosen],
             "architecture": architecture,
+            "heads": [] if self.heads is None else list(self.heads.parameters()),
         }
         ours = {id(p) for part in parts.values() for p in part}
         return parts | {"other": [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours]}
 
     def per_task_parameters(self) -> set[int]:
         """`id` of every parameter that is stacked over tasks."""
-        owners = self._adapters() + ([] if self.prompt is None else [self.prompt])
+        owners = [*self._adapters(), *(part for part in (self.prompt, self.heads) if part is not None)]
         return {id(owner.get_parameter(key)) for owner in owners for key in owner.task_parameters}
 
     def _adapters(self) -> list[Any]:

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from peml.cli_tasks import tasks_app
 from peml.errors import PemlError
 
 app = typer.Typer(
@@ -27,21 +28,32 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(tasks_app, name="tasks")
 # Under `accelerate launch` every process runs this file; the first one speaks.
 console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file.")],
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe, a YAML file.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that lies there.")] = False,
+    run: Annotated[Path | None, typer.Option("--from", help="Finished run whose adapter gets further tasks.")] = None,
+    add_task: Annotated[Path | None, typer.Option(help="YAML file with the tasks that it gets.")] = None,
+    freeze: Annotated[str, typer.Option(help="With --from: shared (train the new tasks alone) or none.")] = "shared",
+    init: Annotated[str, typer.Option(help="With --from: identity, mean, or copy:TASK.")] = "identity",
 ) -> None:
-    """Train one adapter on the tasks of a recipe."""
+    """Train one adapter on the tasks of a recipe, or add tasks to a trained one."""
     from peml import regimes
 
-    folder = regimes.train(recipe, output, resume=resume, overwrite=overwrite, console=console)
+    what: Any = recipe
+    if (run is None) != (add_task is None) or (run is None) == (recipe is None):
+        raise PemlError("give a recipe, or --from RUN with --add-task FILE")
+    if run is not None and add_task is not None:
+        what = regimes.grown_recipe(run, add_task, freeze, init)
+        output = output or run.with_name(f"{run.name}+{add_task.stem}")
+    folder = regimes.train(what, output, resume=resume, overwrite=overwrite, console=console)
     metrics = folder.read_metrics()
     console.print(_scores(metrics, [when for when in ("before", "after") if when in metrics]))
     count = sum(metrics["parameters"].values())
@@ -64,7 +76,7 @@ def evaluate(
     ] = "",
 ) -> None:
     """Measure a run on every task."""
-    from peml.evaluation import average
+    from peml.evaluation import average, suite_averages
     from peml.training.folder import RunFolder
     from peml.training.progress import progress_bar
     from peml.training.run import open_run
@@ -82,9 +94,11 @@ def evaluate(
             with tuner.ablated(part):
                 results[f"without {part}"] = bench.evaluate(model, progress)
     averages = {name: average(scores, bench.tasks) for name, scores in results.items()}
+    suites = {name: suite_averages(scores, bench.tasks) for name, scores in results.items()}
+    whole = {**results, "average": averages, "suites": suites}
     run = RunFolder.existing(folder)
-    run.write_json(run.evaluation, {**results, "average": averages})
-    console.print(_scores({**results, "average": averages}, list(results)))
+    run.write_json(run.evaluation, whole)
+    console.print(_scores(whole, list(results)))
 
 
 @app.command(name="inspect")
@@ -112,19 +126,6 @@ def list_methods() -> None:
     )
 
 
-@app.command(name="tasks")
-def list_tasks(suite: Annotated[str | None, typer.Argument(help="One suite; default all.")] = None) -> None:
-    """List the built-in suites and their tasks."""
-    from peml.tasks import SUITES, suite_tasks
-
-    table = Table("task", "kind", "choices", "metrics", "rows from")
-    for name in SUITES if suite is None else [suite]:
-        for task in suite_tasks(name):
-            choices = task.choices if isinstance(task.choices, str) else ", ".join(task.choices or ("-",))
-            table.add_row(f"{name}/{task.name}", task.kind, choices, ", ".join(task.metrics), str(task.source))
-    console.print(table)
-
-
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/demo"),
@@ -145,12 +146,18 @@ def _scores(metrics: dict[str, Any], columns: list[str]) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     for task, scores in metrics[columns[-1]].items():
+        others = [value for metric, value in scores.items() if metric not in ("n", "loss", "score")]
+        # Of a task with one metric that counts, the score is that metric.
+        hidden = ("n", "score") if scores.get("score") in others else ("n",)
         for metric in scores:
-            if metric != "n":
+            if metric not in hidden:
                 cells = [f"{metrics[column][task][metric]:.3f}" for column in columns]
                 table.add_row(escape(f"{task} (n {scores['n']:.0f})"), metric, *cells)
     table.add_section()
-    table.add_row("average", "first metric", *[f"{metrics['average'][c]:.3f}" for c in columns], style="bold")
+    suites = metrics.get("suites", {})
+    for suite in suites.get(columns[-1], {}):
+        table.add_row(escape(suite), "suite", *[f"{suites[c][suite]:.3f}" for c in columns])
+    table.add_row("average", "score", *[f"{metrics['average'][c]:.3f}" for c in columns], style="bold")
     return table
 
 

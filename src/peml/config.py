@@ -13,12 +13,16 @@ from peft import PeftConfig, PeftType
 
 from peml.adapters import ADAPTERS, AdapterConfig
 from peml.errors import PemlError
+from peml.heads import Heads
 from peml.prompts import PROMPTS, PromptConfig
 
 LARGE = 1e30
 """No setting is as large: what is would only overflow later."""
 
-Part = TypeVar("Part", AdapterConfig, PromptConfig)
+HEADS: Mapping[str, type[Heads]] = {"Heads": Heads}
+"""Every kind of heads."""
+
+Part = TypeVar("Part", AdapterConfig, PromptConfig, Heads)
 
 
 @dataclass
@@ -29,6 +33,7 @@ class PemlConfig(PeftConfig):
         task_names: names of the tasks; ids follow their order. Saved with the adapter.
         adapter: what is added to the frozen linear layers, e.g. `peml.LoRA(r=8)`; None: nothing.
         prompt: what is put in front of attention's keys and values, e.g. `peml.PrefixNAS()`; None: nothing.
+        heads: what an encoder answers with, e.g. `peml.Heads(num_labels=(2, 3))`; None: the model's own output.
         target_modules: linear layers to adapt: names, a regular expression, or "all-linear".
         exclude_modules: layers to leave out, by name or regular expression.
         layers_to_transform: indices of the layers to adapt; None: all.
@@ -44,6 +49,7 @@ class PemlConfig(PeftConfig):
     task_names: list[str] = field(default_factory=list, metadata={"help": "Names of the tasks; ids follow the order."})
     adapter: AdapterConfig | None = field(default=None, metadata={"help": "Adapter of the linear layers, or None."})
     prompt: PromptConfig | None = field(default=None, metadata={"help": "Learned keys and values, or None."})
+    heads: Heads | None = field(default=None, metadata={"help": "A classifier or regressor per task, or None."})
     target_modules: list[str] | str | None = field(
         default="all-linear", metadata={"help": "Linear layers to adapt: names, a regular expression, or 'all-linear'."}
     )
@@ -71,7 +77,8 @@ class PemlConfig(PeftConfig):
             raise PemlError(f"task_names repeats {', '.join(repeated)}: every task needs a name of its own")
         self.adapter = part_from_dict("adapter", ADAPTERS, self.adapter)
         self.prompt = part_from_dict("prompt", PROMPTS, self.prompt)
-        if self.adapter is None and self.prompt is None:
+        self.heads = part_from_dict("heads", HEADS, self.heads)
+        if self.adapter is None and self.prompt is None and self.heads is None:
             raise PemlError("nothing to train: give an adapter, a prompt, or both")
         self._check_types()
         if isinstance(self.target_modules, set):
@@ -84,7 +91,7 @@ class PemlConfig(PeftConfig):
             self.peml_version = version("peml")
 
     def _check_types(self) -> None:
-        for axis, part in (("adapter", self.adapter), ("prompt", self.prompt)):
+        for axis, part in (("adapter", self.adapter), ("prompt", self.prompt), ("heads", self.heads)):
             if part is not None:
                 _check(axis, part, {f.name: getattr(part, f.name) for f in dataclasses.fields(part)})
         lists: tuple[tuple[str, Any, str], ...] = (
@@ -100,20 +107,21 @@ class PemlConfig(PeftConfig):
     @property
     def needs_task(self) -> bool:
         """Whether a forward without `tasks=` is an error."""
-        adapter = self.adapter is not None and self.adapter.needs_task
-        return adapter or (self.prompt is not None and self.prompt.needs_task)
+        parts = (self.adapter, self.prompt)
+        return self.heads is not None or any(part is not None and part.needs_task for part in parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; adapter and prompt carry the name of their type."""
         out: dict[str, Any] = super().to_dict()
         out["adapter"] = part_to_dict(self.adapter)
         out["prompt"] = part_to_dict(self.prompt)
+        out["heads"] = part_to_dict(self.heads)
         if isinstance(out["target_modules"], set):
             out["target_modules"] = sorted(out["target_modules"])
         return out
 
 
-def part_to_dict(part: AdapterConfig | PromptConfig | None) -> dict[str, Any] | None:
+def part_to_dict(part: AdapterConfig | PromptConfig | Heads | None) -> dict[str, Any] | None:
     """Settings of an adapter or prompt with its type, as stored in `adapter_config.json`."""
     return None if part is None else {"type": type(part).__name__, **dataclasses.asdict(part)}
 
@@ -146,7 +154,7 @@ def changed(axis: str, part: Part, settings: Mapping[str, Any]) -> Part:
     return dataclasses.replace(part, **settings)
 
 
-def _check(axis: str, part: AdapterConfig | PromptConfig, settings: Mapping[str, Any]) -> None:
+def _check(axis: str, part: AdapterConfig | PromptConfig | Heads, settings: Mapping[str, Any]) -> None:
     names = {f.name for f in dataclasses.fields(part)}
     hints = typing.get_type_hints(type(part))
     for key, value in settings.items():

@@ -8,17 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from peml.adapters import Adapter
+from peml.answering import Answering
 from peml.errors import PemlError
 from peml.prompting import Prompting
 from peml.prompts import Prompt, WordPromptConfig
 
 
-class Growing(Prompting):
+class Growing(Prompting, Answering):
     """The part of a tuner that adds tasks."""
 
     _only_tasks: bool = False
 
-    def add_task(self, name: str, init: str = "identity") -> None:
+    def add_task(
+        self, name: str, init: str = "identity", num_labels: int | None = None, scale: tuple[float, float] = (0.0, 1.0)
+    ) -> None:
         """Append a task to the active adapter; outputs of the other tasks do not change by a bit.
 
         Parameters that are stacked over tasks are new objects afterwards: make the optimiser after this.
@@ -26,10 +29,12 @@ class Growing(Prompting):
         Args:
             name: of the new task.
             init: where its own parameters start: "identity" as in a fresh adapter, "mean" of the other tasks',
-                or "copy:TASK".
+                or "copy:TASK". A head always starts afresh, for its classes mean something else.
+            num_labels: classes of its head, or 1 for a number; for an adapter with heads.
+            scale: mean and scale of its values, if it is a number.
 
         Raises:
-            PemlError: the name is taken, `init` is unknown, or a task is merged.
+            PemlError: the name is taken, `init` is unknown, `num_labels` is missing, or a task is merged.
         """
         config, adapter_name = self._active_config(), self.adapter_in_force
         assert adapter_name is not None
@@ -37,6 +42,9 @@ class Growing(Prompting):
         source = source_of(init, config.task_names)
         if any(bank.merged for bank in self._banks()):
             raise PemlError("a task is merged into the weights: call unmerge_adapter() before adding another")
+        if (config.heads is None) != (num_labels is None):
+            wanted = "has no heads: leave num_labels out" if config.heads is None else "has heads: give num_labels="
+            raise PemlError(f"this adapter {wanted}")
         grown = None if config.adapter is None else config.adapter.grown(len(config.task_names))
         names = (*config.task_names, name)
         for bank in self._banks():
@@ -50,6 +58,8 @@ class Growing(Prompting):
             if isinstance(config.prompt, WordPromptConfig):
                 self._begin_at_words(one, config.prompt)
             append_task(self.prompt, one, init, source)
+        if num_labels is not None:
+            self._grow_heads(num_labels, scale)
         config.adapter, config.task_names = grown, list(names)
 
     def freeze_shared(self) -> None:

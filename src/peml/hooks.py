@@ -47,6 +47,9 @@ class Opener(Protocol):
     def reads_input(self) -> bool:
         """Whether every row has a prompt of its own, made from its text."""
 
+    def answer(self, forward: Forward, output: Any, mask: Tensor | None, segments: Tensor | None) -> Any:
+        """A model's output, with the logits of the heads if there are any."""
+
 
 _REPLACED = ("generate", "generate_batch", "init_continuous_batching")
 
@@ -134,6 +137,9 @@ class ForwardHooks:
             if forward.front is not None and not self._encodes_first():
                 length, classes = kwargs["inputs_embeds"].shape[1], getattr(self.model.config, "num_labels", None)
                 output = attention.shortened(output, length, forward.front.shape[1], classes)
+            segments = self._argument("token_type_ids", args, kwargs)
+            own = (self._of_text(forward, part) for part in (self._mask(args, kwargs), segments))
+            output = self.opener.answer(forward, output, *own)
         routing.leave(module)
         return output
 
@@ -245,6 +251,12 @@ class ForwardHooks:
         if self._encodes_first():
             return None  # it is the encoder's, and half of the layers read something else
         return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def _of_text(self, forward: Forward, given: Tensor | None) -> Tensor | None:
+        """What has a place per token, without soft tokens behind the first."""
+        if given is None or forward.front is None:
+            return given
+        return torch.cat([given[:, :1], given[:, 1 + forward.front.shape[1] :]], dim=1)
 
     def _text(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], input_mask: Tensor | None

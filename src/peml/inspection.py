@@ -89,6 +89,8 @@ def inspect_folder(path: str | Path) -> Inspection:
 def _part(key: str) -> str | None:
     if ".peml_adapter." in key:
         return "adapter"
+    if ".peml_head." in key:
+        return "heads"
     if not key.startswith(_PROMPT):
         return "other"
     name = key.removeprefix(_PROMPT).split(".")[0]
@@ -136,6 +138,8 @@ def show(found: Inspection, console: Console) -> None:
     table.add_row("tasks", Text(", ".join(config.task_names)))
     table.add_row("adapter", Text(_settings(config.adapter)))
     table.add_row("prompt", Text(_settings(config.prompt)))
+    if config.heads is not None:
+        table.add_row("heads", Text(_settings(config.heads)))
     if found.architecture is not None:
         table.add_row("architecture", architecture_view(found.architecture))
     elif found.lengths is not None:

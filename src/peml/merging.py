@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peml import attention
-from peml.attached import HOOKS, HOST, Attached
+from peml.attached import HEADS, HOOKS, HOST, Attached
 from peml.bank import BankLinear
 from peml.errors import PemlError
 from peml.mlp import separate_mlps
@@ -51,6 +51,11 @@ class Merging(Attached):
             raise PemlError(
                 "a learned prefix cannot be folded into weights: keep the adapter, or call merge_adapter(), "
                 "which folds the low-rank part and leaves the prefix in place"
+            )
+        if self.heads is not None:
+            raise PemlError(
+                "heads cannot be folded into weights: keep the adapter, or call merge_adapter(), which folds the "
+                "low-rank part and leaves the heads in place"
             )
         if not any(bank.merged for bank in self._banks()):
             self.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -98,6 +103,8 @@ class Merging(Attached):
         if host is not None:
             delattr(self.model, HOST)
             attention.uninstall(self.model, host)
+        if self._head_host() is not None:
+            delattr(self.model, HEADS)
         separate_mlps(self.model)
         self._remove_hooks()
         return self._unload_and_optionally_merge(merge=False, progressbar=progressbar)  # type: ignore[no-any-return]

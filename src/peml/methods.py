@@ -26,6 +26,7 @@ from peml.adapters import (
 )
 from peml.config import PemlConfig, changed
 from peml.errors import PemlError
+from peml.heads import Heads
 from peml.prompts import Attempt, MultitaskPrompt, PrefixNAS, PrefixTuning, PromptConfig, PromptTuning
 
 
@@ -97,8 +98,8 @@ def method(
         PemlError: an unknown method or setting.
     """
     row = named(name)
-    parts: dict[str, Any] = {"adapter": row.adapter, "prompt": row.prompt}
-    by_axis: dict[str, dict[str, Any]] = {"adapter": {}, "prompt": {}}
+    parts: dict[str, Any] = {"adapter": row.adapter, "prompt": row.prompt, "heads": config.pop("heads", None)}
+    by_axis: dict[str, dict[str, Any]] = {"adapter": {}, "prompt": {}, "heads": {}}
     for key, value in (settings or {}).items():
         axis, dot, setting = str(key).partition(".")
         if dot and axis in by_axis:
@@ -108,7 +109,11 @@ def method(
         elif key in WHERE:
             config[key] = value
         else:
-            raise PemlError(f"set.{key} is unknown: write adapter.NAME, prompt.NAME, or one of {', '.join(WHERE)}")
+            raise PemlError(
+                f"set.{key} is unknown: write adapter.NAME, prompt.NAME, heads.NAME, or one of {', '.join(WHERE)}"
+            )
+    if by_axis["heads"] and parts["heads"] is None:
+        parts["heads"] = Heads()  # for how many classes, the tasks will say
     for axis, changes in by_axis.items():
         if changes and parts[axis] is None:
             raise PemlError(f"set.{axis}.{next(iter(changes))} does not apply: method {name!r} has no {axis}")

@@ -106,16 +106,19 @@ class Mixing:
     def task_probabilities(self, counts: Mapping[str, int]) -> dict[str, float]:
         """Share of each task in an epoch, given the number of its rows."""
         self.check(counts)
+        return self._among(counts)
+
+    def _among(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """The same, where tasks may be named that have no rows in this training."""
         for task, count in counts.items():
             if count < 1:
                 raise PemlError(f"mixing: task {task!r} has no rows; give it some or leave it out")
         if not counts:
             raise PemlError("mixing: there is no task to draw from")
-        if self.by == "weights" or (self.by == "fixed_ratio" and self.weights is not None):
-            assert self.weights is not None
-            shares = np.array([self.weights[task] for task in counts], np.float64)
-        else:
+        if self.weights is None:
             shares = self._counted(counts)
+        else:
+            shares = np.array([self.weights[task] for task in counts], np.float64)
         return dict(zip(counts, (shares / shares.sum()).tolist(), strict=True))
 
     def _counted(self, counts: Mapping[str, int]) -> NDArray[np.float64]:
@@ -173,7 +176,8 @@ class MixtureSampler(Sampler[int]):
         present = np.unique(tasks)
         names = [str(task) if task_names is None else task_names[task] for task in present]
         self.rows = [np.flatnonzero((tasks == task) & kept) for task in present]
-        shares = mixing.task_probabilities({name: len(rows) for name, rows in zip(names, self.rows, strict=True)})
+        mixing.check(names if task_names is None else task_names)
+        shares = mixing._among({name: len(rows) for name, rows in zip(names, self.rows, strict=True)})
         self.probabilities = np.array(list(shares.values()))
         self.seed = seed
         self.epoch = 0
@@ -193,9 +197,9 @@ class MixtureSampler(Sampler[int]):
                 unit = "row" if self.block == 1 else "batch"
                 raise PemlError(f"mixing.epochs lets task {name!r} give less than a {unit}: allow more")
         self.blocks = math.ceil(samples / self.block)
-        if num_samples is None and math.isfinite(most := self.limits.sum()):
+        if num_samples is None and math.isfinite(total := float(self.limits.sum())):
             # Whole epochs of what the tasks may give, so that all of it can be drawn.
-            self.blocks = int(most // math.ceil(most / self.blocks))
+            self.blocks = int(total // math.ceil(total / self.blocks))
         self._dealt: list[Integers] = []
 
     def __len__(self) -> int:
@@ -303,7 +307,7 @@ class MixtureSampler(Sampler[int]):
 
 
 def held_out(row_tasks: Sequence[int], task_names: Sequence[str], rows: int, seed: int) -> tuple[int, ...]:
-    """Rows of each task that are set aside for good: so many, but no more than a tenth of its own, and one at least.
+    """Rows of each task that are set aside for good: so many, at most a tenth of its own, and one if it has any.
 
     Raises:
         PemlError: a task with a single row.
@@ -311,8 +315,8 @@ def held_out(row_tasks: Sequence[int], task_names: Sequence[str], rows: int, see
     tasks, chosen = np.asarray(row_tasks), []
     for task, name in enumerate(task_names):
         own = np.flatnonzero(tasks == task)
-        if len(own) < 2:
+        if len(own) == 1:
             raise PemlError(f"task {name!r} has too few training rows to hold one out for the balance: give it two")
-        count = min(rows, max(1, len(own) // 10))
+        count = min(rows, max(1, len(own) // 10), len(own))
         chosen += np.random.default_rng([seed, _HELD_OUT, task]).choice(own, count, replace=False).tolist()
     return tuple(sorted(chosen))

@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 from peml.errors import PemlError
 
+OURS = "peml_adapter|peml_prompt|peml_head"
+"""Names of the modules that hold what belongs to an adapter."""
+
 
 def without_adapter_name(key: str, adapter_name: str) -> str:
     """The key that a tensor has in the file, where adapters have no name.
 
     Prompts nest their parameters, so the name is not at the fixed depth that PEFT expects.
     """
-    return re.sub(rf"\.(peml_adapter|peml_prompt)\.{re.escape(adapter_name)}(?=\.)", r".\1", key)
+    return re.sub(rf"\.({OURS})\.{re.escape(adapter_name)}(?=\.)", r".\1", key)
 
 
 def check_fit(model: nn.Module, adapter_name: str, given: Mapping[str, Tensor]) -> None:
@@ -24,7 +27,7 @@ def check_fit(model: nn.Module, adapter_name: str, given: Mapping[str, Tensor]) 
     Raises:
         PemlError: another shape, a missing or an unexpected tensor.
     """
-    mark = re.compile(rf"\.(peml_adapter|peml_prompt)\.{re.escape(adapter_name)}\.")
+    mark = re.compile(rf"\.({OURS})\.{re.escape(adapter_name)}\.")
     own = {key: value for key, value in model.state_dict().items() if mark.search(key)}
     shapes = [k for k, v in own.items() if k in given and given[k].shape != v.shape]
     if shapes:

@@ -21,6 +21,7 @@ from peml.bank import BankLinear, group_siblings
 from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.growth import Growing
+from peml.heads import HeadHost
 from peml.hooks import ForwardHooks
 from peml.merging import Merging
 from peml.mlp import fuse_mlps
@@ -38,7 +39,7 @@ class PemlModel(Merging, Growing):
     """
 
     prefix: str = "peml_"
-    tuner_layer_cls = BankLinear | PromptHost
+    tuner_layer_cls = BankLinear | PromptHost | HeadHost
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -66,6 +67,9 @@ class PemlModel(Merging, Growing):
                 name == wanted or name.endswith(f".{wanted}") for name, _ in model.named_modules()
             ):
                 raise PemlError(f"modules_to_save names {wanted!r}, which this model has not")
+        if config.heads is not None:
+            config.heads.check(config.task_names)
+            self._check_headless()
         if config.adapter is None:
             config.target_modules = DUMMY_TARGET_MODULES
         host = self._prompt_host()
@@ -100,6 +104,8 @@ class PemlModel(Merging, Growing):
             setattr(model, HOST, fresh)
         if host is not None and config.prompt is not None:
             self._add_prompt(host, adapter_name, low_cpu_mem_usage)
+        if config.heads is not None:
+            self._add_heads(adapter_name, low_cpu_mem_usage)
 
     def _create_and_replace(
         self,
@@ -137,6 +143,8 @@ class PemlModel(Merging, Growing):
     def _check_target_module_exists(peft_config: PemlConfig, key: str) -> Any:
         # PEFT expands "all-linear" to full names, and does not look at layer indices for those.
         found = BaseTuner._check_target_module_exists(peft_config, key)
+        # Heads read the states, not what BERT's own pooler makes of them: it would get no gradient.
+        found = found and not (peft_config.heads is not None and key.split(".")[0] == "pooler")
         wanted = peft_config.layers_to_transform
         if not found or wanted is None:
             return found
@@ -221,6 +229,10 @@ class PemlModel(Merging, Growing):
         else:
             route = Route.of(self._selected[name], config.task_names) if name in self._selected else None
         if route is None:
+            if self._head() is not None:
+                raise PemlError(
+                    f"this adapter has a head per task: pass tasks= with one of {', '.join(config.task_names)} per row"
+                )
             return None
         given = route.ids.shape[0]
         if rows is not None and given not in (1, rows):

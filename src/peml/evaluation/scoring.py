@@ -6,7 +6,7 @@ tokens. With length normalisation the sum is divided by the option's length in U
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,8 +16,15 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from peml.attention import evaluating
 from peml.errors import PemlError
-from peml.tasks.encode import IGNORED, Encoded, encode_choices, encode_prompts
+from peml.tasks.encode import IGNORED, Encoded, Form, encode_choices, encode_prompts
+from peml.tasks.encode_seq2seq import encode_seq2seq, encode_seq2seq_choices
 from peml.tasks.task import Example
+
+ENCODE_CHOICES: Mapping[Form, Callable[..., list[list[Encoded]]]] = {
+    "causal": encode_choices,
+    "seq2seq": encode_seq2seq_choices,
+}
+"""How the choices of an example become token ids, by how the model answers."""
 
 Advance = Callable[[int], object]
 """Called with the number of sequences that were just finished."""
@@ -70,6 +77,7 @@ def log_likelihoods(
     tasks: Sequence[str] | None,
     *,
     batch_size: int,
+    form: Form = "causal",
     progress: Advance | None = None,
 ) -> list[float]:
     """Sum of the log-probabilities of each sequence's labelled tokens; `tasks` names the task of each."""
@@ -81,21 +89,25 @@ def log_likelihoods(
         for picked in _batches([len(e.input_ids) for e in encoded], batch_size):
             rows = [encoded[i] for i in picked]
             width = max(len(row.input_ids) for row in rows)
-            # The last logits predict nothing that is known, so labels move one to the left.
-            targets = _padded([row.labels[1:] for row in rows], width, IGNORED, device)
+            # The last logits of a text that goes on predict nothing that is known, so labels move one to the left.
+            answers = [row.labels[int(form == "causal") :] for row in rows]
+            targets = _padded(answers, width if form == "causal" else max(map(len, answers)), IGNORED, device)
             batch: dict[str, Any] = {
                 "input_ids": _padded([row.input_ids for row in rows], width, pad, device),
                 "attention_mask": _padded([[1] * len(row.input_ids) for row in rows], width, 0, device),
             }
             if tasks is not None:
                 batch["tasks"] = [tasks[i] for i in picked]
+            if form == "seq2seq":
+                batch["decoder_input_ids"] = _bare(model).prepare_decoder_input_ids_from_labels(targets)
+            elif tasks is not None:
                 # A prompt that is made from the text must not see the answers that it is to rank.
                 batch["input_mask"] = _padded(
                     [[int(label == IGNORED) for label in row.labels] for row in rows], width, 0, device
                 )
             at_row, at_column = torch.nonzero(targets != IGNORED, as_tuple=True)
             target = targets[at_row, at_column]
-            if keeps_logits:
+            if keeps_logits and form == "causal":
                 # Logits over a large vocabulary are by far the largest tensor: only answer positions get any.
                 batch["logits_to_keep"], at_column = torch.unique(at_column, return_inverse=True)
             logits = model(**batch).logits[at_row, at_column].float()
@@ -119,6 +131,7 @@ def generate_answers(
     batch_size: int,
     tasks_kwarg: bool,
     one_line: bool = True,
+    form: Form = "causal",
     progress: Advance | None = None,
 ) -> list[str]:
     """Greedy continuation of each prompt up to the end token or, by default, the end of its first line.
@@ -132,9 +145,14 @@ def generate_answers(
         batch_size: prompts per batch.
         tasks_kwarg: whether the model is called with `tasks=[name per row]`.
         one_line: whether a line break ends an answer.
+        form: how the model answers: an encoder-decoder writes its answer apart from the prompt.
         progress: told how many prompts are done.
     """
-    prompts = [e.input_ids for e in encode_prompts(tokenizer, examples, max_length, max_new_tokens)]
+    if form == "seq2seq":
+        encoded = encode_seq2seq(tokenizer, examples, max_length)
+    else:
+        encoded = encode_prompts(tokenizer, examples, max_length, max_new_tokens)
+    prompts, goes_on = [row.input_ids for row in encoded], form == "causal"
     device = next(model.parameters()).device
     ends = _end_ids(model, tokenizer)
     # Said in full, because models come with settings of their own (sampling, penalties).
@@ -153,12 +171,12 @@ def generate_answers(
         for picked in _batches([len(prompt) for prompt in prompts], batch_size):
             width = max(len(prompts[i]) for i in picked)
             output = generate(
-                input_ids=_padded([prompts[i] for i in picked], width, _pad_id(tokenizer), device, left=True),
-                attention_mask=_padded([[1] * len(prompts[i]) for i in picked], width, 0, device, left=True),
+                input_ids=_padded([prompts[i] for i in picked], width, _pad_id(tokenizer), device, left=goes_on),
+                attention_mask=_padded([[1] * len(prompts[i]) for i in picked], width, 0, device, left=goes_on),
                 **settings,
                 **({"tasks": [examples[i].task for i in picked]} if tasks_kwarg else {}),
             )
-            for i, ids in zip(picked, output[:, width:].tolist(), strict=True):
+            for i, ids in zip(picked, output[:, width if goes_on else 1 :].tolist(), strict=True):
                 text = _until_end(tokenizer, ids, ends)
                 answers[i] = (text.split("\n", 1)[0] if one_line else text).strip()
             if progress:
@@ -194,6 +212,10 @@ def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 def _padded(rows: list[list[int]], width: int, value: int, device: torch.device, left: bool = False) -> Tensor:
     filled = [[value] * (width - len(row)) + row if left else row + [value] * (width - len(row)) for row in rows]
     return torch.tensor(filled, device=device)
+
+
+def _bare(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

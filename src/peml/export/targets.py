@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peml.config import PemlConfig
 from peml.prompts import Attempt, MultitaskPrompt, PrefixNAS, PrefixTuning
@@ -38,11 +38,18 @@ def export_targets(
         unit_gates: whether all gates of the prefix are 1.
         searching: whether the search for it is still open.
     """
-    return [_merged(config), _lora(config), _prefix(config, lengths, unit_gates, searching), _tokens(config)]
+    found = [_merged(config), _lora(config), _prefix(config, lengths, unit_gates, searching), _tokens(config)]
+    if config.heads is None:
+        return found
+    return [
+        replace(target, remark=f"{target.remark}, without the heads") if target.possible else target for target in found
+    ]
 
 
 def _merged(config: PemlConfig) -> Target:
     name = "merged checkpoint"
+    if config.heads is not None:
+        return Target(name, False, "heads do not fold into weights; merge_adapter() folds the rest")
     if config.prompt is not None:
         return Target(name, False, "a learned prefix does not fold into weights; merge_adapter() folds the rest")
     assert config.adapter is not None

@@ -9,6 +9,7 @@ from typing import Protocol
 from rich.console import Console
 
 from peml.regimes.distil_then_adapt import distil_then_adapt
+from peml.regimes.grow import grow, grown_recipe
 from peml.training.folder import RunFolder
 from peml.training.recipe import Recipe, load_recipe
 from peml.training.run import train as joint
@@ -31,7 +32,7 @@ class Regime(Protocol):
         """Train, and write the run's folder."""
 
 
-REGIMES: Mapping[str, Regime] = {"joint": joint, "distil_then_adapt": distil_then_adapt}
+REGIMES: Mapping[str, Regime] = {"joint": joint, "distil_then_adapt": distil_then_adapt, "grow": grow}
 """Every regime by the name that recipes and methods have for it."""
 
 
@@ -65,4 +66,4 @@ def train(
     )
 
 
-__all__ = ["REGIMES", "train"]
+__all__ = ["REGIMES", "grown_recipe", "train"]

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from peml.attached import HOOKS, HOST
+from peml.errors import PemlError
 from peml.prompts import Attempt, MultitaskPrompt, Prompt
 from peml.training.data import TaskRows
 from peml.training.distillation import Distillation
@@ -71,7 +72,9 @@ def distil_then_adapt(
     # The rows of all stages first: the last one should not fail after hours in the others.
     benches = {name: prepare(stage, base=base) for name, stage in stages.items()}
     for bench in benches.values():
-        TaskRows.encode(bench.tokenizer, bench.train, bench.max_length)
+        if bench.form == "heads":
+            raise PemlError("regime distil_then_adapt learns from answers in words: use it with a language model")
+        TaskRows.encode(bench.tokenizer, bench.train, bench.max_length, bench.form)
         bench.check()
     wait()
     if main and not (resume and folder.is_run):
@@ -89,7 +92,7 @@ def distil_then_adapt(
         last = name == "targets"
         run = folder if last else RunFolder(folder.stages / name)
         if last or not run.finished:
-            stage = Stage(name, begins[name], lambda model: model.unload(), {"stages": bill} if last else {})
+            stage = Stage(name, begins[name], lambda model: model.unload(), record={"stages": bill} if last else {})
             try:
                 train(stages[name], run.path, resume=run.is_run, console=console, workbench=bench, stage=stage)
             except BaseException:

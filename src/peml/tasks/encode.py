@@ -2,13 +2,14 @@
 
 Prompt and answer are tokenised together, as a reader would see them, because many tokenisers join the blank
 with the word behind it. The answer begins where the ids of the prompt alone end; if a token spans that
-border, it begins with that token. What is too long loses the *beginning* of its prompt, never of its answer.
+border, it begins with that token. What is too long loses the *beginning* of its prompt, never of its answer:
+whole examples first, the earliest before the others, and only then tokens of the question.
 
 Training, scoring of options and generation all come through here, so that they cannot disagree.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Literal
 
@@ -77,13 +78,33 @@ def encode_prompts(
     """Prompts for generation, cut so that `max_new_tokens` more tokens stay within `max_length`."""
     lead = _leading_ids(tokenizer)
     encoded = []
-    for example, prompt in zip(examples, _tokenize(tokenizer, [e.prompt for e in examples]), strict=True):
-        room = max_length - max_new_tokens - len(lead)
+    room = max_length - max_new_tokens - len(lead)
+    fitted = with_fewer_shots(tokenizer, examples, [""] * len(examples), [room] * len(examples))
+    prompts = _tokenize(tokenizer, [example.prompt for example in fitted])
+    for example, prompt, whole in zip(fitted, prompts, examples, strict=True):
         if room < 1:
             raise _too_long(example, len(lead) + 1, max_new_tokens, "new tokens", max_length)
         ids = lead + prompt[-room:]
-        encoded.append(Encoded(ids, [IGNORED] * len(ids), len(prompt) > room))
+        encoded.append(Encoded(ids, [IGNORED] * len(ids), len(prompt) > room or example is not whole))
     return encoded
+
+
+def with_fewer_shots(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], endings: Sequence[str], rooms: Sequence[int]
+) -> list[Example]:
+    """The examples without so many of the first shots of their prompts that prompt and ending fit into its room.
+
+    An example that fits, or has no shots, is itself; one that is too long without shots is cut elsewhere.
+    """
+    fitted = list(examples)
+    pending = [i for i, example in enumerate(fitted) if example.cuts]
+    while pending:
+        lengths = map(len, _tokenize(tokenizer, [fitted[i].prompt + endings[i] for i in pending]))
+        pending = [i for i, length in zip(pending, lengths, strict=True) if length > rooms[i] and fitted[i].cuts]
+        for i in pending:
+            cut, *later = fitted[i].cuts
+            fitted[i] = replace(fitted[i], prompt=fitted[i].prompt[cut:], cuts=tuple(at - cut for at in later))
+    return fitted
 
 
 def _encode(
@@ -94,12 +115,19 @@ def _encode(
     max_length: int,
 ) -> list[list[Encoded]]:
     lead = _leading_ids(tokenizer)
-    prompts = _tokenize(tokenizer, [example.prompt for example in examples])
-    texts = [f"{e.prompt} {answer}" for e, group in zip(examples, answers, strict=True) for answer in group]
+    longest = [" " + max(group, key=len) for group in answers]
+    rooms = [max_length - len(lead) - (0 if example.choices else len(end)) for example in examples]
+    fitted = with_fewer_shots(tokenizer, examples, longest, rooms)
+    prompts = _tokenize(tokenizer, [example.prompt for example in fitted])
+    texts = [f"{e.prompt} {answer}" for e, group in zip(fitted, answers, strict=True) for answer in group]
     wholes = iter(_tokenize(tokenizer, texts))
-    return [
+    groups = [
         _encode_one(example, lead, prompt, [next(wholes) + ([] if example.choices else end) for _ in group], max_length)
-        for example, prompt, group in zip(examples, prompts, answers, strict=True)
+        for example, prompt, group in zip(fitted, prompts, answers, strict=True)
+    ]
+    return [
+        group if example is whole else [replace(encoded, truncated=True) for encoded in group]
+        for group, example, whole in zip(groups, fitted, examples, strict=True)
     ]
 
 
@@ -133,11 +161,16 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
 
 def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Special tokens that the tokeniser puts in front; those that it puts at the end are left out."""
+    return _special_ids(tokenizer)[0]
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Special tokens that the tokeniser puts in front of a text, and behind it."""
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     full: list[int] = tokenizer("a")["input_ids"]
     added = len(full) - len(bare)
     front = next((n for n in range(added + 1) if full[n : n + len(bare)] == bare), 0)
-    return full[:front]
+    return full[:front], full[front + len(bare) :]
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:

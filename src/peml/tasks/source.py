@@ -6,7 +6,7 @@ A source yields `(row, origin)` pairs. Which rows it yields depends on nothing b
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +77,17 @@ class Source(ABC):
             yield from rows
         else:
             yield from (rows[int(index)] for index in chosen)
+
+    def shots(self, count: int) -> Rows:
+        """Rows for examples in a prompt: training rows drawn with `seed`, whatever the limits.
+
+        Whoever asks leaves them out of what is trained and measured.
+        """
+        rows = list(replace(self, limit_train=None).rows("train"))
+        if len(rows) <= count:
+            raise PemlError(f"{self}: `few_shot` {count} leaves none of the {len(rows)} training rows to train on")
+        order = np.random.default_rng([self.seed, 2]).permutation(len(rows))
+        return [rows[int(index)] for index in order[:count]]
 
     def _held_out(self, count: int, split: Split) -> np.ndarray:
         if count < 2:

@@ -5,17 +5,18 @@ is `peml.tasks.source`; how an example becomes token ids is `peml.tasks.encode`.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from itertools import accumulate, islice
+from typing import Literal, get_args
 
-from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError
-from jinja2.sandbox import SandboxedEnvironment
+from jinja2 import TemplateSyntaxError
 
 from peml.errors import PemlError
 from peml.tasks.files import Row
 from peml.tasks.metrics import METRICS
+from peml.tasks.render import as_text, check_characters, compiled, field_of, render
 from peml.tasks.source import Source, Split
 
 Kind = Literal["choose", "generate", "classify", "regress"]
@@ -26,16 +27,6 @@ DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
     "generate": ("exact_match",),
     "regress": ("pearson", "spearman"),
 }
-
-
-def _present(value: Any) -> Any:
-    # Jinja would write "None" and "nan" into the prompt, and the model would be trained on that.
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise UndefinedError("a field that it asks for is empty (null)")
-    return value
-
-
-_JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False, finalize=_present)
 
 
 @dataclass(frozen=True)
@@ -50,6 +41,9 @@ class Example:
         origin: file and line (or data set and row) for messages, as in `data/tickets.jsonl:12`.
         texts: what an encoder with heads reads, one text or a pair; none: the prompt.
         value: the number behind the answer of a task that regresses.
+        group: what rows are measured together by, such as the question of several answers; "": nothing.
+        references: every right answer, where there may be several.
+        cuts: where `prompt` may begin instead, behind its first example, its second ...; none: it has no examples.
     """
 
     task: str
@@ -59,6 +53,14 @@ class Example:
     origin: str
     texts: tuple[str, ...] = ()
     value: float | None = None
+    group: str = ""
+    references: tuple[str, ...] = ()
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def question(self) -> str:
+        """The prompt without the answered examples in front of it."""
+        return self.prompt[self.cuts[-1] :] if self.cuts else self.prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,28 +72,41 @@ class Task:
         kind: `choose` (one of several options), `classify` (one of the same few classes for every row), `generate`
             (any text) or `regress` (a number). Language models score the options, and write texts and numbers;
             encoders have a head for each task, which takes the last two and fixed options.
-        prompt: Jinja template over the fields of a row; `row["odd name"]` reaches a field by any name.
+        prompt: Jinja template over the fields of a row; `row["odd name"]` reaches a field by any name. Of several
+            templates, a training row takes one by a draw that depends on nothing but the row, and evaluation the
+            first (our choice: scores stay comparable).
         answer: name of the field with the answer, or a Jinja template if it contains `{{`.
         texts: Jinja templates of what an encoder reads, one or a pair; none: the prompt as a whole.
         choices: the options; or the name of the field that holds those of each row (a list or a mapping).
         labels: raw answer, in lower case -> choice: `{"0": "negative", "1": "positive"}`, `{"true": "yes"}`.
-        metrics: names from `peml.tasks.metrics`; the first is the one that averages over tasks are made of.
+        metrics: names from `peml.tasks.metrics`; `accuracy/x` is the accuracy over the rows of group `x`.
+        score: those of the metrics whose mean is the task's score, of which averages over tasks are made; none: the
+            first.
         max_new_tokens: longest answer that a `generate` task may write.
         length_normalization: divide the score of an option by its length in bytes.
+        group: name of the field that says which rows are measured together; None: there is none.
+        references: name of the field that lists every right answer, where there may be several.
+        few_shot: answered examples in front of each prompt, from rows that are neither trained nor measured on.
+        suite: name of the suite that the task belongs to.
         source: where the rows come from.
     """
 
     name: str
     kind: Kind
-    prompt: str
+    prompt: str | tuple[str, ...]
     answer: str
     source: Source
     choices: tuple[str, ...] | str | None = None
     texts: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
+    score: tuple[str, ...] = ()
     max_new_tokens: int = 16
     length_normalization: bool = False
+    group: str | None = None
+    references: str | None = None
+    few_shot: int = 0
+    suite: str = ""
 
     def __post_init__(self) -> None:
         """Check every field, and turn lists and raw labels into their proper types."""
@@ -99,8 +114,13 @@ class Task:
             raise PemlError(f"`name` of a task must be a text that is not empty, not {self.name!r}")
         if self.kind not in get_args(Kind):
             raise self._mistake("kind", f"must be one of {', '.join(get_args(Kind))}, not {self.kind!r}")
-        for key, template in (("prompt", self.prompt), ("answer", self.answer)):
-            self._check_template(key, template)
+        if not isinstance(self.prompt, str):
+            object.__setattr__(self, "prompt", tuple(self.prompt))
+        if not self.prompts:
+            raise self._mistake("prompt", "must be a template, or a list of some")
+        for template in self.prompts:
+            self._check_template("prompt", template)
+        self._check_template("answer", self.answer)
         object.__setattr__(self, "texts", (self.texts,) if isinstance(self.texts, str) else tuple(self.texts))
         if len(self.texts) > 2:
             raise self._mistake("texts", f"are one text or a pair, not {len(self.texts)}")
@@ -109,20 +129,30 @@ class Task:
         object.__setattr__(self, "choices", self._checked_choices())
         object.__setattr__(self, "labels", self._checked_labels())
         object.__setattr__(self, "metrics", self._checked_metrics())
+        object.__setattr__(self, "score", self._checked_score())
+        if self.few_shot < 0:
+            raise self._mistake("few_shot", f"must not be negative, but is {self.few_shot}")
         if self.max_new_tokens < 1:
             raise self._mistake("max_new_tokens", f"must be at least 1, not {self.max_new_tokens}")
 
-    def examples(self, split: Split) -> list[Example]:
-        """All examples of a split; the first bad row stops with an error that names it."""
-        return [self.example(row, origin) for row, origin in self.source.rows(split)]
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The templates of the prompt."""
+        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
 
-    def example(self, row: Row, origin: str) -> Example:
+    def examples(self, split: Split, count: int | None = None) -> list[Example]:
+        """The examples of a split, all or the first `count`; the first bad row stops with an error that names it."""
+        shots = self.source.shots(self.few_shot) if self.few_shot else []
+        kept = {origin for _, origin in shots}
+        before = [self.example(row, origin) for row, origin in shots]
+        rows = ((row, origin) for row, origin in self.source.rows(split) if origin not in kept)
+        return [_after(before, self.example(row, origin, split)) for row, origin in islice(rows, count)]
+
+    def example(self, row: Row, origin: str, split: Split = "eval") -> Example:
         """The example that a raw row makes; `origin` names the row in errors."""
         where = f"{origin}: task {self.name!r}"
-        prompt = _render(self.prompt, row, f"{where}: `prompt`").rstrip()
-        if not prompt:
-            raise PemlError(f"{where}: `prompt` is empty for this row; put some text into the template or drop the row")
-        texts = tuple(_render(text, row, f"{where}: `texts`").strip() for text in self.texts)
+        prompt = self._asked(row, where, split)
+        texts = tuple(render(text, row, f"{where}: `texts`").strip() for text in self.texts)
         answer, value = self._answer(row, where), None
         if self.kind == "regress":
             value, answer = self._number(answer, where)
@@ -138,8 +168,32 @@ class Task:
             *(("choices", choice) for choice in choices),
             *(("texts", text) for text in texts),
         ):
-            _check_characters(text, f"{where}: `{key}`")
-        return Example(self.name, prompt, answer, choices, origin, texts, value)
+            check_characters(text, f"{where}: `{key}`")
+        group = ""
+        # Training measures nothing, so its rows need not say.
+        if self.group is not None and (split == "eval" or self.group in row):
+            group = as_text(field_of(row, self.group, f"{where}: `group`"), f"{where}: field {self.group!r}")
+        references = self._references(row, where)
+        return Example(self.name, prompt, answer, choices, origin, texts, value, group, references)
+
+    def _asked(self, row: Row, where: str, split: Split) -> str:
+        prompt = render(self.prompts[0], row, f"{where}: `prompt`").rstrip()
+        if split == "train" and len(self.prompts) > 1:
+            # What is drawn depends on the row alone: not on its place, on other rows or on the machine.
+            said = f"{self.source.seed}:{prompt}".encode("utf-8", "surrogatepass")
+            drawn = int.from_bytes(blake2b(said, digest_size=8).digest(), "big") % len(self.prompts)
+            prompt = render(self.prompts[drawn], row, f"{where}: `prompt`").rstrip()
+        if not prompt:
+            raise PemlError(f"{where}: `prompt` is empty for this row; put some text into the template or drop the row")
+        return prompt
+
+    def _references(self, row: Row, where: str) -> tuple[str, ...]:
+        if self.references is None:
+            return ()
+        listed = field_of(row, self.references, f"{where}: `references`")
+        if not isinstance(listed, list | tuple) or not listed:
+            raise PemlError(f"{where}: field {self.references!r} must hold a list of right answers, not {listed!r}")
+        return tuple(as_text(item, f"{where}: field {self.references!r}") for item in listed)
 
     def _number(self, answer: str, where: str) -> tuple[float, str]:
         try:
@@ -153,9 +207,9 @@ class Task:
 
     def _answer(self, row: Row, where: str) -> str:
         if "{{" in self.answer:
-            raw = _render(self.answer, row, f"{where}: `answer`").strip()
+            raw = render(self.answer, row, f"{where}: `answer`").strip()
         else:
-            raw = _as_text(_field(row, self.answer, f"{where}: `answer`"), f"{where}: field {self.answer!r}")
+            raw = as_text(field_of(row, self.answer, f"{where}: `answer`"), f"{where}: field {self.answer!r}")
         answer = self.labels.get(raw.lower(), raw)
         if not answer:
             raise PemlError(f"{where}: the answer ({self.answer!r}) is empty; fill it in or drop the row")
@@ -165,11 +219,11 @@ class Task:
         if self.choices is None or isinstance(self.choices, tuple):
             return self.choices or ()
         here = f"{where}: field {self.choices!r}"
-        value = _field(row, self.choices, f"{where}: `choices`")
+        value = field_of(row, self.choices, f"{where}: `choices`")
         options = list(value.values()) if isinstance(value, Mapping) else value
         if not isinstance(options, list | tuple):
             raise PemlError(f"{here} must hold a list of choices, not {value!r}")
-        choices = tuple(_as_text(option, here) for option in options)
+        choices = tuple(as_text(option, here) for option in options)
         if problem := _choices_problem(choices):
             raise PemlError(f"{here} {problem}, not {_listed(choices)}")
         return choices
@@ -178,7 +232,7 @@ class Task:
         if not isinstance(template, str) or not template.strip():
             raise self._mistake(key, "must be a text that is not empty")
         try:
-            _template(template)
+            compiled(template)
         except TemplateSyntaxError as error:
             raise self._mistake(key, f"is not a valid Jinja template (line {error.lineno}: {error.message})") from error
 
@@ -205,7 +259,7 @@ class Task:
         return choices
 
     def _checked_labels(self) -> dict[str, str]:
-        labels = {_as_text(raw, f"task {self.name!r}: `labels`").lower(): str(to) for raw, to in self.labels.items()}
+        labels = {as_text(raw, f"task {self.name!r}: `labels`").lower(): str(to) for raw, to in self.labels.items()}
         for raw, choice in labels.items():
             if isinstance(self.choices, tuple) and choice not in self.choices:
                 known = _listed(self.choices)
@@ -216,59 +270,37 @@ class Task:
         metrics = (self.metrics,) if isinstance(self.metrics, str) else tuple(self.metrics)
         fixed = isinstance(self.choices, tuple)
         for name in metrics:
-            if name not in METRICS:
+            base, _, part = name.partition("/")
+            if base not in METRICS:
                 raise self._mistake("metrics", f"has {name!r}, which is unknown; choose from {', '.join(METRICS)}")
-            if METRICS[name].kind == "label" and not fixed:
+            if METRICS[base].kind == "label" and not fixed:
                 raise self._mistake(
                     "metrics", f"has {name!r}, which needs kind 'choose' with one fixed list of choices"
                 )
-            if name == "f1" and fixed and len(self.choices or ()) != 2:
+            if base == "f1" and fixed and len(self.choices or ()) != 2:
                 raise self._mistake("metrics", "has 'f1', which needs exactly two choices; use 'macro_f1' for more")
+            if (part or METRICS[base].kind == "group") and self.group is None:
+                raise self._mistake("metrics", f"has {name!r}, which needs `group`, the field that names a row's group")
         return metrics or DEFAULT_METRICS[self.kind]
+
+    def _checked_score(self) -> tuple[str, ...]:
+        score = (self.score,) if isinstance(self.score, str) else tuple(self.score)
+        for name in score:
+            if name not in self.metrics:
+                raise self._mistake("score", f"has {name!r}, which is not among the metrics {_listed(self.metrics)}")
+        return score or self.metrics[:1]
 
     def _mistake(self, key: str, sentence: str) -> PemlError:
         return PemlError(f"task {self.name!r}: `{key}` {sentence}")
 
 
-@lru_cache(maxsize=1024)
-def _template(source: str) -> Template:
-    return _JINJA.from_string(source)
-
-
-def _render(template: str, row: Row, where: str) -> str:
-    try:
-        return _template(template).render({"row": row, **row})
-    except UndefinedError as error:
-        fields = ", ".join(map(str, row)) or "none"
-        raise PemlError(f"{where} asks for what the row lacks ({error}); its fields are: {fields}") from error
-    except Exception as error:  # a template is the user's code and may fail in any way
-        raise PemlError(f"{where} cannot be filled in for this row ({type(error).__name__}: {error})") from error
-
-
-def _field(row: Row, name: str, where: str) -> Any:
-    if name not in row:
-        fields = ", ".join(map(str, row)) or "none"
-        raise PemlError(f"{where} names the field {name!r}, which the row lacks; its fields are: {fields}")
-    return row[name]
-
-
-def _as_text(value: Any, where: str) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if value is None:
-        return ""
-    if isinstance(value, str | int | float):
-        return str(value).strip()
-    raise PemlError(f"{where} must hold a text, a number or true/false, not a {type(value).__name__}")
-
-
-def _check_characters(text: str, where: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise PemlError(
-            f"{where} has half of a surrogate pair at character {error.start + 1}; repair the row"
-        ) from error
+def _after(shots: Sequence[Example], example: Example) -> Example:
+    """The example with answered ones in front of it, an empty line between any two."""
+    if not shots:
+        return example
+    before = [f"{shot.prompt} {shot.answer}\n\n" for shot in shots]
+    cuts = tuple(accumulate(len(text) for text in before))
+    return replace(example, prompt="".join(before) + example.prompt, cuts=cuts)
 
 
 def _choices_problem(choices: tuple[str, ...]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,16 @@ from transformers import PreTrainedTokenizerBase
 
 from peml.errors import PemlError
 from peml.tasks.encode import IGNORED, Encoded, Form, encode_all
+from peml.tasks.encode_heads import encode_heads
+from peml.tasks.encode_seq2seq import encode_seq2seq
 from peml.tasks.task import Example
+
+ENCODE: Mapping[Form, Callable[[PreTrainedTokenizerBase, Sequence[Example], int], list[Encoded]]] = {
+    "causal": encode_all,
+    "seq2seq": encode_seq2seq,
+    "heads": encode_heads,
+}
+"""How an example becomes a training row, by how the model answers."""
 
 
 class TaskRows(Dataset[dict[str, Any]]):
@@ -32,9 +41,21 @@ class TaskRows(Dataset[dict[str, Any]]):
 
     @classmethod
     def encode(
-        cls, tokenizer: PreTrainedTokenizerBase, examples: Mapping[str, Sequence[Example]], max_length: int
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Mapping[str, Sequence[Example]],
+        max_length: int,
+        form: Form = "causal",
+        task_names: Sequence[str] | None = None,
     ) -> TaskRows:
         """Tokenise the examples of every task.
+
+        Args:
+            tokenizer: of the model.
+            examples: by task.
+            max_length: most tokens of a row.
+            form: how the model answers.
+            task_names: all tasks of the adapter, if it has some that are not trained.
 
         Raises:
             PemlError: a task without rows, or a row whose answer does not fit into `max_length`.
@@ -42,20 +63,25 @@ class TaskRows(Dataset[dict[str, Any]]):
         for name, rows in examples.items():
             if not rows:
                 raise PemlError(f"task {name!r} has no training rows: give it some or leave it out")
-        return cls({name: encode_all(tokenizer, rows, max_length) for name, rows in examples.items()})
+        encoded = {name: ENCODE[form](tokenizer, rows, max_length) for name, rows in examples.items()}
+        return cls({name: encoded.get(name, []) for name in task_names or examples}, form)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        return {"input_ids": row.input_ids, "labels": row.labels, "tasks": self.row_tasks[index]}
+        labels = row.labels if row.target is None else row.target
+        given = {"input_ids": row.input_ids, "labels": labels, "tasks": self.row_tasks[index]}
+        return given if row.token_type_ids is None else given | {"token_type_ids": row.token_type_ids}
 
     def digest(self) -> str:
         """Fingerprint of the rows as they are trained on, in their order."""
         whole = hashlib.sha256()
         for row, task in zip(self.rows, self.row_tasks, strict=True):
-            whole.update(repr((self.task_names[task], row.input_ids, row.labels)).encode())
+            whole.update(
+                repr((self.task_names[task], row.input_ids, row.labels if row.target is None else row.target)).encode()
+            )
         return whole.hexdigest()
 
     def truncated(self) -> dict[str, int]:
@@ -72,31 +98,48 @@ class Collator:
 
     Args:
         pad_token_id: fills `input_ids`; the attention mask hides it.
+        form: how the model answers.
     """
 
     pad_token_id: int
+    form: Form = "causal"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """`input_ids`, `attention_mask`, `labels` `[B, S]`, and `tasks`, a list of B ids that stays on the host.
+        """`input_ids`, `attention_mask` `[B, S]`, `labels`, and `tasks`, a list of B ids that stays on the host.
 
-        Also `input_mask` `[B, S]`: the tokens before the answer, which a prompt made from the text may read.
+        Labels are `[B, S]` for `causal`, `[B, A]` for `seq2seq`, `[B]` for `heads`. For `causal` there is `input_mask`
+        `[B, S]` as well: the tokens before the answer, which a prompt made from the text may read.
         """
-        longest = max(len(row["input_ids"]) for row in rows)
-
-        def padded(key: str, value: int) -> torch.Tensor:
-            return torch.tensor([list(row[key]) + [value] * (longest - len(row[key])) for row in rows])
-
-        return {
-            "input_ids": padded("input_ids", self.pad_token_id),
-            "attention_mask": torch.tensor(
-                [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
-            ),
-            "input_mask": torch.tensor(
-                [
-                    [int(label == IGNORED) for label in row["labels"]] + [0] * (longest - len(row["labels"]))
-                    for row in rows
-                ]
-            ),
-            "labels": padded("labels", IGNORED),
+        batch: dict[str, Any] = {
+            "input_ids": padded([row["input_ids"] for row in rows], self.pad_token_id),
+            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
             "tasks": [int(row["tasks"]) for row in rows],
         }
+        if "token_type_ids" in rows[0]:
+            batch["token_type_ids"] = padded([row["token_type_ids"] for row in rows], 0)
+        labels = [row["labels"] for row in rows]
+        if self.form == "heads":
+            return batch | {"labels": torch.tensor(labels, dtype=torch.float)}
+        if self.form == "causal":
+            batch["input_mask"] = padded([[int(label == IGNORED) for label in row] for row in labels], 0)
+        return batch | {"labels": padded(labels, IGNORED)}
+
+
+def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Rows of one length, filled on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+
+def call_of(form: Form, model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is called with: a batch without its labels, of which an encoder-decoder's decoder gets all but one.
+
+    Args:
+        form: how the model answers.
+        model: the base model, which knows what its decoder starts with.
+        batch: from a `Collator`.
+    """
+    given = {key: value for key, value in batch.items() if key != "labels"}
+    if form == "seq2seq":
+        given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    return given

@@ -53,24 +53,29 @@ class Distillation:
                 teacher = model(**inputs)
         finally:
             model.train(training)
-        mask = inputs["attention_mask"].bool()
+        # Of an encoder-decoder, what the decoder says of the answer.
+        writes = "decoder_input_ids" in inputs
+        mask = labels.ne(IGNORED) if writes else inputs["attention_mask"].bool()
         return {
-            "distil_logits": self.weight * divergence(teacher.logits, student.logits, labels),
+            "distil_logits": self.weight * divergence(teacher.logits, student.logits, labels, int(not writes)),
             "distil_hidden": self.weight * distance(self._kept(teacher), self._kept(student), mask),
         }
 
     def _kept(self, outputs: Any) -> Sequence[Tensor]:
-        layers: Sequence[Tensor] = outputs.hidden_states[1:]
+        name = "decoder_hidden_states" if "decoder_hidden_states" in outputs else "hidden_states"
+        layers: Sequence[Tensor] = outputs[name]
+        layers = layers[1:]
         return layers[-1:] if self.step is None else layers[:: -self.step]
 
 
-def divergence(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
+def divergence(teacher: Tensor, student: Tensor, labels: Tensor, shift: int = 1) -> Tensor:
     """KL(teacher || student) in nats, mean over the answer tokens.
 
     Shapes:
-        teacher and student `[B, S, V]`, labels `[B, S]` (not shifted).
+        teacher and student `[B, S, V]`, labels `[B, S]` (not shifted); a place predicts the next one, or with `shift`
+        0 itself.
     """
-    row, column = labels[:, 1:].ne(IGNORED).nonzero(as_tuple=True)
+    row, column = labels[:, shift:].ne(IGNORED).nonzero(as_tuple=True)
     wanted, found = (F.log_softmax(logits[row, column].float(), dim=-1) for logits in (teacher, student))
     return F.kl_div(found, wanted, reduction="sum", log_target=True) / max(len(row), 1)
 

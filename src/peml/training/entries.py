@@ -41,14 +41,18 @@ class SuiteEntry(Section):
 
     Args:
         suite: name of the suite.
-        include, exclude: tasks to take or leave; None: all.
+        path: local folder with the suite's files in their published form; None: the Hub.
+        include, exclude: tasks, or groups of tasks, to take or leave; None: all.
+        few_shot: answered examples in front of each prompt.
         limit_train, limit_eval: most rows of each task, drawn by seed.
         weight: of each of the tasks in the loss.
     """
 
     suite: str
+    path: str | None = Field(None, min_length=1)
     include: list[str] | None = None
     exclude: list[str] | None = None
+    few_shot: int = Field(0, ge=0)
     limit_train: int | None = Field(None, gt=0)
     limit_eval: int | None = Field(None, gt=0)
     weight: float = Field(1.0, gt=0)
@@ -63,7 +67,7 @@ class OwnEntry(Section):
         eval_path: file with rows to evaluate on; without one, `eval_fraction` of the training rows is held out.
         subset: configuration name of a Hub data set.
         split: names of the training and evaluation splits of a Hub data set.
-        kind, prompt, texts, choices, answer, labels, metrics: as in `peml.Task`.
+        kind, prompt, texts, choices, answer, labels, metrics, score, group, references, few_shot: as in `peml.Task`.
     """
 
     name: str
@@ -76,12 +80,16 @@ class OwnEntry(Section):
     limit_train: int | None = Field(None, gt=0)
     limit_eval: int | None = Field(None, gt=0)
     kind: Literal["choose", "generate", "classify", "regress"]
-    prompt: str
+    prompt: Texts | str
     texts: Texts | str = []
     answer: str
     choices: Texts | str | None = None
     labels: dict[Any, Any] = {}
     metrics: list[str] = []
+    score: list[str] = []
+    group: str | None = None
+    references: str | None = None
+    few_shot: int = Field(0, ge=0)
     max_new_tokens: int = Field(16, gt=0)
     length_normalization: bool = False
     weight: float = Field(1.0, gt=0)
@@ -113,8 +121,12 @@ def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
     """Tasks of one entry; nothing is read yet."""
     limits: dict[str, Any] = {"limit_train": entry.limit_train, "limit_eval": entry.limit_eval, "seed": seed}
     if isinstance(entry, SuiteEntry):
-        tasks = suite_tasks(entry.suite, entry.include, entry.exclude)
-        return [dataclasses.replace(t, source=dataclasses.replace(t.source, **limits)) for t in tasks]
+        folder = entry.path and str(Path(entry.path).expanduser())
+        tasks = suite_tasks(entry.suite, entry.include, entry.exclude, folder)
+        return [
+            dataclasses.replace(t, few_shot=entry.few_shot, source=dataclasses.replace(t.source, **limits))
+            for t in tasks
+        ]
     path = str(Path(entry.path).expanduser())
     is_file = Path(path).suffix.lower() in READERS and not Path(path).is_dir()
     held_out = entry.eval_fraction
@@ -145,12 +157,16 @@ def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
         Task(
             name=entry.name,
             kind=entry.kind,
-            prompt=entry.prompt,
+            prompt=tuple(entry.prompt) if isinstance(entry.prompt, list) else entry.prompt,
             texts=(entry.texts,) if isinstance(entry.texts, str) else tuple(entry.texts),
             answer=entry.answer,
             choices=choices,
             labels=labels,
             metrics=tuple(entry.metrics),
+            score=tuple(entry.score),
+            group=entry.group,
+            references=entry.references,
+            few_shot=entry.few_shot,
             max_new_tokens=entry.max_new_tokens,
             length_normalization=entry.length_normalization,
             source=source,

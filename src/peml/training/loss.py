@@ -26,7 +26,7 @@ def row_counts(form: Form, labels: Tensor) -> Tensor:
 
 
 def row_losses(form: Form, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Sum of the token losses of each row, `[B]`, in nats and fp32.
+    """Sum of the token losses of each row, `[B]`, in nats and fp32; those of heads are `Heads.losses`.
 
     Shapes:
         logits `[B, S, V]`, labels `[B, S]` (not shifted).

@@ -23,7 +23,7 @@ from peml.training.arguments import AVERAGE, DEFAULTS, check_best, checked, one_
 from peml.training.balancing import read_balance, write_balance
 from peml.training.entries import OwnEntry, Section, SuiteEntry, build_tasks, first_problem, read_entry
 from peml.training.folder import RESOLVED
-from peml.training.regime import REGIMES, DistilThenAdapt, Joint, read_regime
+from peml.training.regime import REGIMES, DistilThenAdapt, Grow, Joint, read_regime
 
 FOREIGN_KEYS: Mapping[str, str] = {
     "base_model": "model",
@@ -80,7 +80,8 @@ class Recipe(Section):
         balance: how tasks share the loss and the gradient, by name or with settings; "equal" is the mean over tasks.
         regime: how the parts are trained, by name or with settings; None: as the method says.
         train: names of `TrainingArguments`, and `dtype`, `attn_implementation`, `max_length`,
-            `prompt_learning_rate`, `task_prompt_learning_rate`, `architecture_learning_rate`, `finetune_fraction`.
+            `prompt_learning_rate`, `task_prompt_learning_rate`, `architecture_learning_rate`, `head_learning_rate`,
+            `finetune_fraction`.
         evaluate_before: measure the base model too, before training.
     """
 
@@ -92,7 +93,7 @@ class Recipe(Section):
     set: dict[str, Any] = Field(default_factory=dict)
     mixing: MixingSection = MixingSection()
     balance: Annotated[Balance, PlainSerializer(write_balance)] = Equal()
-    regime: Joint | DistilThenAdapt | None = None
+    regime: Joint | DistilThenAdapt | Grow | None = None
     train: dict[str, Any] = Field(default_factory=dict)
     evaluate_before: bool = True
 
@@ -136,12 +137,14 @@ class Recipe(Section):
                     "balance cannot keep the gradients of tasks apart while a student is distilled: use another rule, "
                     "or regime: {distillation_weight: 0}"
                 )
+        elif isinstance(self.how, Grow):
+            self.how.check(names)
         elif isinstance(prompt, Attempt):
             raise PemlError("method 'attempt' needs prompts of source tasks: leave its regime, distil_then_adapt")
         return self
 
     @property
-    def how(self) -> Joint | DistilThenAdapt:
+    def how(self) -> Joint | DistilThenAdapt | Grow:
         """The regime: what the recipe says, else what the method says."""
         return self.regime or REGIMES[named(self.method).regime]()
 
@@ -242,9 +245,21 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         PemlError: naming the file, the line or key, and what is allowed.
     """
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise PemlError(f"{path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
+    return validated(data, path)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        PemlError: there is none, or its line that is no YAML.
+    """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PemlError(f"there is no recipe {path}") from None
     except IsADirectoryError:
@@ -256,8 +271,14 @@ def load_recipe(path: str | Path) -> Recipe:
         raise PemlError(f"{path}{line} is not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise PemlError(f"{path} is not valid YAML: {one_line(error)}") from None
-    if not isinstance(data, dict):
-        raise PemlError(f"{path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
+
+
+def validated(data: dict[str, Any], path: str | Path) -> Recipe:
+    """The recipe that a mapping says, with the file in front of what is wrong with it.
+
+    Raises:
+        PemlError: naming the file, the key, and what is allowed.
+    """
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:

@@ -12,7 +12,7 @@ import torch
 
 from peml.attached import count
 from peml.config import part_to_dict
-from peml.evaluation import average
+from peml.evaluation import average, suite_averages
 from peml.prompts import PrefixGenerator
 from peml.training.progress import RunLog, kept
 from peml.training.trainer import MultiTaskTrainer, learning_rates
@@ -26,10 +26,12 @@ def record_of(
     tuner = trainer.tuner
     config = tuner.config_in_force
     assert config is not None
+    trained = {part: [p for p in own if p.requires_grad] for part, own in tuner.parts().items()}
     record = {
         "average": {when: average(metrics[when], bench.tasks) for when in ("before", "after") if when in metrics},
+        "suites": {when: suite_averages(metrics[when], bench.tasks) for when in ("before", "after") if when in metrics},
         "train_loss": {t: {"first": log.first_loss[t], "last": log.last_loss[t]} for t in log.first_loss},
-        "parameters": {part: count(own) for part, own in tuner.parts().items() if own},
+        "parameters": {part: count(own) for part, own in trained.items() if own},
         "learning_rates": learning_rates(trainer),
         "steps": trainer.state.global_step,
         **kept(trainer.args, trainer.state),

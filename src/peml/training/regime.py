@@ -66,11 +66,47 @@ class DistilThenAdapt(Section):
             raise PemlError(f"regime.hidden_layers must be all, last, or 1 and more, not {self.hidden_layers}")
 
 
-REGIMES: dict[str, type[Joint] | type[DistilThenAdapt]] = {"joint": Joint, "distil_then_adapt": DistilThenAdapt}
+class Grow(Section):
+    """Further tasks for the adapter of a finished run.
+
+    Args:
+        run: its folder.
+        tasks: the new ones, the last of the recipe.
+        freeze: "shared": train only what belongs to the new tasks alone, on their rows; "none": everything, on all.
+        init: where the new tasks' own parameters start, as in `PemlModel.add_task`.
+    """
+
+    name: Literal["grow"] = "grow"
+    run: str
+    tasks: list[str] = Field(min_length=1)
+    freeze: Literal["shared", "none"] = "shared"
+    init: str = "identity"
+
+    def trained(self, tasks: Sequence[str]) -> list[str]:
+        """Tasks whose rows are trained on."""
+        return self.tasks if self.freeze == "shared" else list(tasks)
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """Refuse new tasks that are not the last ones, or are all there is.
+
+        Raises:
+            PemlError: naming them.
+        """
+        if list(tasks)[-len(self.tasks) :] != self.tasks or len(self.tasks) >= len(tasks):
+            raise PemlError(
+                f"regime.tasks must be the last tasks of the recipe, behind the run's own, not {', '.join(self.tasks)}"
+            )
+
+
+REGIMES: dict[str, Any] = {
+    "joint": Joint,
+    "distil_then_adapt": DistilThenAdapt,
+    "grow": Grow,
+}
 """Every regime that a recipe can name."""
 
 
-def read_regime(raw: Any, default: str) -> Joint | DistilThenAdapt:
+def read_regime(raw: Any, default: str) -> Joint | DistilThenAdapt | Grow:
     """The section of a recipe: the name of a regime, or a mapping of its settings.
 
     Args:
@@ -88,7 +124,7 @@ def read_regime(raw: Any, default: str) -> Joint | DistilThenAdapt:
     settings = {"name": default, **raw}
     if settings["name"] not in REGIMES:
         raise PemlError(f"regime.name must be one of {', '.join(REGIMES)}, not {settings['name']!r}")
-    kind = REGIMES[settings["name"]]
+    kind: type[Joint] | type[DistilThenAdapt] | type[Grow] = REGIMES[settings["name"]]
     for stage in ("teachers", "student"):
         if isinstance(settings.get(stage), dict):
             for key in settings[stage]:

@@ -73,13 +73,16 @@ def train(
             console.print("this run is finished: there is nothing to resume")
             return folder
     with console.status("reading rows, loading the model"):
-        bench = workbench or prepare(recipe)
-        rows = TaskRows.encode(bench.tokenizer, bench.train, bench.max_length)
+        bench = workbench or prepare(recipe, trained=stage.tasks)
+        rows = TaskRows.encode(bench.tokenizer, bench.train, bench.max_length, bench.form, list(bench.tasks))
         shortened = {"training": rows.truncated(), "evaluation": bench.check()}
         set_seed(recipe.seed)
-        model = attach(bench.model, recipe.config())
+        model = (stage.attach or (lambda bench: attach(bench.model, bench.config())))(bench)
         distillation = None if stage.begin is None else stage.begin(model)
-    data = {"rows": {n: [len(bench.train[n]), len(bench.eval[n])] for n in bench.tasks}, "sha256": rows.digest()}
+    data = {
+        "rows": {n: [len(bench.train.get(n, ())), len(bench.eval[n])] for n in bench.tasks},
+        "sha256": rows.digest(),
+    }
     checkpoint = folder.last_checkpoint() if resume else None
     metrics = folder.read_metrics() if resume else {}
     _same_data(metrics.get("data"), data, checkpoint, folder)
@@ -101,7 +104,8 @@ def train(
                 if count_:
                     console.print(Text(f"{task}: {count_} {kind} prompts lose their beginning to max_length", "yellow"))
         metrics["data"] = data
-        if "before" not in metrics and recipe.evaluate_before:
+        # Without its heads an encoder has no answer.
+        if "before" not in metrics and recipe.evaluate_before and bench.form != "heads":
             with model.disable_adapter():
                 metrics["before"] = bench.evaluate(model, progress)
         if main:
@@ -134,12 +138,16 @@ class Stage:
         label: beside the bar.
         begin: called with the fresh adapter, to set where it begins; returns what is learnt from a teacher, or None.
         end: called with the trained adapter.
+        attach: makes the adapter; None: a fresh one, as the recipe says.
+        tasks: whose rows are trained on; None: all.
         record: for `metrics.json`.
     """
 
     label: str = "train"
     begin: Callable[[PeftModel], Distillation | None] | None = None
     end: Callable[[PeftModel], None] | None = None
+    attach: Callable[[Workbench], PeftModel] | None = None
+    tasks: list[str] | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -181,12 +189,13 @@ def _trainer(
             prompt_learning_rate=recipe.train.get("prompt_learning_rate"),
             task_prompt_learning_rate=recipe.train.get("task_prompt_learning_rate"),
             architecture_learning_rate=recipe.train.get("architecture_learning_rate"),
+            head_learning_rate=recipe.train.get("head_learning_rate"),
             balance=recipe.balance,
             task_weights=recipe.task_weights(),
             finetune_fraction=recipe.setting("finetune_fraction"),
             distillation=distillation,
             evaluate_tasks=bench.evaluate,
-            data_collator=Collator(_pad_token(bench.tokenizer)),
+            data_collator=Collator(_pad_token(bench.tokenizer), bench.form),
             processing_class=bench.tokenizer,
             callbacks=[log, *_patience(recipe)],
         )

@@ -37,6 +37,10 @@ class BalancedSteps(Trainer):
         """Losses and counts of a batch, `[T]`."""
         raise NotImplementedError
 
+    def call(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model is called with, of a batch."""
+        raise NotImplementedError
+
     def _obstacle(self, config: PemlConfig, distillation: object) -> str | None:
         """Why the rows of a step cannot be run task by task, if they cannot."""
         if config.adapter is not None and config.adapter.feature_loss_weight > 0:
@@ -93,7 +97,7 @@ class BalancedSteps(Trainer):
             for task in sorted({task for task in inputs["tasks"] if counts[task]}):
                 part = rows_of(inputs, task)
                 with self.compute_loss_context_manager():
-                    logits = model(**{k: v for k, v in part.items() if k != "labels"}).logits
+                    logits = model(**self.call(part)).logits
                     sums, seen = self.sums_by_task(logits, part)
                 self._meter.add(sums, seen)
                 self.balancer.add(sums)
@@ -128,7 +132,7 @@ class BalancedSteps(Trainer):
         with torch.random.fork_rng(devices=devices), self.compute_loss_context_manager():
             for batch in batches:
                 inputs = self._prepare_inputs(batch)
-                logits = self.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+                logits = self.model(**self.call(inputs)).logits
                 total += self.sums_by_task(logits, inputs)[0]
         self.model.train(was)
         return self.accelerator.reduce(total, "sum").double().cpu()  # type: ignore[no-any-return]

@@ -21,7 +21,7 @@ from peml.balance import Balance, CoBa, Equal, per_sample
 from peml.errors import PemlError
 from peml.mixing import Mixing, MixtureSampler, held_out
 from peml.training.balancing import Balancer
-from peml.training.data import Collator, TaskRows
+from peml.training.data import Collator, TaskRows, call_of
 from peml.training.distillation import Distillation
 from peml.training.loss import LossMeter, balanced, by_task, row_counts, row_losses
 from peml.training.steps import BalancedSteps, StepUpdates
@@ -41,11 +41,12 @@ class MultiTaskTrainer(BalancedSteps):
         mixing: how tasks share an epoch and a batch.
         prompt_learning_rate, task_prompt_learning_rate, architecture_learning_rate: of the prompt, of what in it
             belongs to single tasks, and of what chooses a structure; None: the prompt's own default.
+        head_learning_rate: of the heads; None: as the adapter's.
         balance: how tasks share the loss and the gradient; None: equally.
         task_weights: weight of each task in the loss, beside those of the balance; None: all 1.
         finetune_fraction: share of the steps after the architecture is derived.
         distillation: what is learnt from a teacher; None: nothing.
-        evaluate_tasks: called with the model, returns `{task: {metric: value}}`; the first metric of each task
+        evaluate_tasks: called with the model, returns `{task: {metric: value}}`; `score` of each task
             enters `eval_average`.
         kwargs: as for `transformers.Trainer`.
     """
@@ -63,6 +64,7 @@ class MultiTaskTrainer(BalancedSteps):
         prompt_learning_rate: float | None = None,
         task_prompt_learning_rate: float | None = None,
         architecture_learning_rate: float | None = None,
+        head_learning_rate: float | None = None,
         balance: Balance | None = None,
         task_weights: Mapping[str, float] | None = None,
         finetune_fraction: float = FINETUNE_FRACTION,
@@ -88,10 +90,13 @@ class MultiTaskTrainer(BalancedSteps):
         if config is None or self.task_names != config.task_names:
             trained = "none" if config is None else ", ".join(config.task_names)
             raise PemlError(f"the data has the tasks {', '.join(self.task_names)}, the active adapter {trained}")
+        if (self.form == "heads") != (config.heads is not None):
+            raise PemlError("rows that were encoded for heads, and no others, need an adapter with heads")
         self._rates = {
             "prompt": prompt_learning_rate,
             "prompt per task": task_prompt_learning_rate,
             "architecture": architecture_learning_rate,
+            "heads": head_learning_rate,
         }
         self._distillation = distillation
         self.balance = balance or Equal()
@@ -99,7 +104,7 @@ class MultiTaskTrainer(BalancedSteps):
         self._meter = LossMeter(self.task_names)
         self._penalties: dict[str, Tensor] = {}
         pad = getattr(kwargs.get("processing_class"), "pad_token_id", None)
-        kwargs.setdefault("data_collator", Collator(pad if isinstance(pad, int) else 0))
+        kwargs.setdefault("data_collator", Collator(pad if isinstance(pad, int) else 0, self.form))
         if evaluate_tasks is not None:
             # Never read, since `evaluate` is overridden; without one transformers refuses an `eval_strategy`.
             kwargs.setdefault("eval_dataset", train_dataset)
@@ -144,7 +149,7 @@ class MultiTaskTrainer(BalancedSteps):
     def sums_by_task(self, logits: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Losses of the answers, and how many they are, by task, `[T]`."""
         labels = inputs["labels"]
-        losses = row_losses(self.form, logits, labels, self.args.label_smoothing_factor)
+        losses = self._row_losses(logits, labels, inputs["tasks"])
         losses, counts = per_sample(self.balance.mean, losses, row_counts(self.form, labels))
         sums, counts = (by_task(values, inputs["tasks"], len(self.task_names)) for values in (losses, counts))
         return sums, counts
@@ -157,7 +162,7 @@ class MultiTaskTrainer(BalancedSteps):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Balanced mean over tasks of the loss of the answers, plus the penalties of prompt and features."""
-        given = {k: v for k, v in inputs.items() if k != "labels"}
+        given = self.call(inputs)
         if self._distillation is not None:
             given["output_hidden_states"] = True
         outputs = model(**given)
@@ -175,6 +180,17 @@ class MultiTaskTrainer(BalancedSteps):
         loss = loss * self.accelerator.num_processes
         loss = loss + sum(terms.values(), 0.0) / getattr(self, "current_gradient_accumulation_steps", 1)
         return (loss, outputs) if return_outputs else loss
+
+    def call(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model is called with."""
+        return call_of(self.form, self.tuner.model, inputs)
+
+    def _row_losses(self, logits: Tensor, labels: Tensor, tasks: Sequence[int]) -> Tensor:
+        config, smoothing = self.tuner.config_in_force, self.args.label_smoothing_factor
+        if self.form == "heads":
+            assert config is not None and config.heads is not None
+            return config.heads.losses(logits, labels, tasks, smoothing)
+        return row_losses(self.form, logits, labels, smoothing)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group per part: adapter, adapter per task (no decay), prompt, architecture (no decay)."""
@@ -226,12 +242,12 @@ class MultiTaskTrainer(BalancedSteps):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Every metric of every task as `eval_{task}/{metric}`, and `eval_average` over first metrics."""
+        """Every metric of every task as `eval_{task}/{metric}`, and `eval_average` over their scores."""
         if self._evaluate_tasks is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[no-any-return]
         results = self._evaluate_tasks(self.model)
         metrics = {f"{metric_key_prefix}_{t}/{m}": v for t, own in results.items() for m, v in own.items()}
-        metrics[f"{metric_key_prefix}_average"] = sum(next(iter(r.values())) for r in results.values()) / len(results)
+        metrics[f"{metric_key_prefix}_average"] = sum(r["score"] for r in results.values()) / len(results)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -291,7 +307,7 @@ def parameter_groups(
     Args:
         tuner: whose active adapter is trained.
         args: with the adapter's rate, and the weight decay.
-        rates: of `prompt`, `prompt per task` and `architecture`; None or missing: the prompt's own default.
+        rates: of `prompt`, `prompt per task`, `architecture` and `heads`; None or missing: the prompt's own default.
     """
     parts, stacked = tuner.parts(), tuner.per_task_parameters()
     # What `modules_to_save` made trainable goes with the adapter.
@@ -299,7 +315,7 @@ def parameter_groups(
     for part in ("adapter", "prompt"):
         parts[f"{part} per task"] = [p for p in parts[part] if id(p) in stacked]
         parts[part] = [p for p in parts[part] if id(p) not in stacked]
-    own = {"adapter": args.learning_rate, "adapter per task": args.learning_rate}
+    own = {"adapter": args.learning_rate, "adapter per task": args.learning_rate, "heads": args.learning_rate}
     config = tuner.config_in_force
     if config is not None and config.prompt is not None:
         shared = rates.get("prompt")
@@ -311,7 +327,7 @@ def parameter_groups(
     decays = {"adapter": args.weight_decay, "prompt": args.weight_decay}
     return [
         {"name": name, "params": trainable, "lr": own[name], "weight_decay": decays.get(name, 0.0)}
-        for name in ("adapter", "adapter per task", "prompt", "prompt per task", "architecture")
+        for name in ("adapter", "adapter per task", "prompt", "prompt per task", "architecture", "heads")
         if (trainable := [p for p in parts[name] if p.requires_grad])
     ]
 

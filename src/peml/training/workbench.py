@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
 from peft import PeftModel
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from peml.config import PemlConfig
 from peml.errors import PemlError
-from peml.evaluation import evaluate_tasks
-from peml.tasks import Example, Task, compute, encode_choices, encode_prompts
+from peml.evaluation import evaluate_tasks, measure
+from peml.heads import Heads
+from peml.tasks import Example, Form, Task, encode_choices, encode_prompts
+from peml.tasks.encode_heads import check_heads, encode_heads
+from peml.tasks.encode_seq2seq import encode_seq2seq
 from peml.training.arguments import one_line
 from peml.training.recipe import Recipe
 
@@ -40,9 +55,41 @@ class Workbench:
     @property
     def max_length(self) -> int:
         """Most tokens of a row: what the recipe allows, and what the model has positions for."""
+        limits = [int(self.recipe.setting("max_length"))]
         positions = getattr(self.model.config, "max_position_embeddings", None)
-        wanted = int(self.recipe.setting("max_length"))
-        return min(wanted, positions) if isinstance(positions, int) and positions > 1 else wanted
+        if isinstance(positions, int) and positions > 1:
+            limits.append(positions)
+        if self.form == "heads":
+            # Of RoBERTa's kin, whose positions begin behind the padding token's number, only the tokeniser knows.
+            limits.append(self.tokenizer.model_max_length)
+        return min(limits)
+
+    @property
+    def form(self) -> Form:
+        """How the model answers."""
+        return form_of(self.model)
+
+    def config(self) -> PemlConfig:
+        """The adapter's configuration: the recipe's, with a head per task if the model is an encoder.
+
+        Raises:
+            PemlError: the recipe sets heads for a model that answers in words.
+        """
+        config = self.recipe.config()
+        if self.form != "heads":
+            if config.heads is not None:
+                raise PemlError(f"set.heads is for encoders, and {self.recipe.model} answers in words: leave it out")
+            config.task_type = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}[self.form]
+            return config
+        config.task_type = "FEATURE_EXTRACTION"
+        scales = [_scale(self.train.get(name, [])) for name in self.tasks]
+        config.heads = dataclasses.replace(
+            config.heads or Heads(),
+            num_labels=tuple(len(task.choices or ("a number",)) for task in self.tasks.values()),
+            means=tuple(mean for mean, _ in scales),
+            scales=tuple(scale for _, scale in scales),
+        )
+        return config
 
     def check(self) -> dict[str, int]:
         """Find now what evaluation would stumble over after the training.
@@ -55,14 +102,16 @@ class Workbench:
         """
         shortened = {}
         for name, task in self.tasks.items():
-            if task.kind in ("choose", "classify"):
+            if self.form == "heads":
+                encoded = encode_heads(self.tokenizer, self.eval[name], self.max_length)
+            elif self.form == "seq2seq":
+                encoded = encode_seq2seq(self.tokenizer, self.eval[name], self.max_length)
+            elif task.kind in ("choose", "classify"):
                 encoded = [group[0] for group in encode_choices(self.tokenizer, self.eval[name], self.max_length)]
             else:
                 encoded = encode_prompts(self.tokenizer, self.eval[name], self.max_length, task.max_new_tokens)
             shortened[name] = sum(row.truncated for row in encoded)
-            answers = [example.answer for example in self.eval[name]]
-            for metric in task.metrics:
-                compute(metric, answers, answers, task.choices if isinstance(task.choices, tuple) else ())
+            measure(task, [e.answer if e.value is None else repr(e.value) for e in self.eval[name]], self.eval[name])
         return shortened
 
     def evaluate(self, model: torch.nn.Module, progress: Progress | None = None) -> dict[str, dict[str, float]]:
@@ -72,6 +121,7 @@ class Workbench:
             self.tokenizer,
             self.eval,
             self.tasks,
+            form=self.form,
             max_length=self.max_length,
             batch_size=self.recipe.setting("per_device_eval_batch_size"),
             tasks_kwarg=isinstance(model, PeftModel),
@@ -89,18 +139,32 @@ def model_path(name: str) -> str:
 
 
 def prepare(
-    recipe: Recipe, *, training: bool = True, base: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
+    recipe: Recipe,
+    *,
+    training: bool = True,
+    trained: Sequence[str] | None = None,
+    base: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None,
 ) -> Workbench:
     """Read the rows, then load tokeniser and model, unless they are there.
+
+    Args:
+        recipe: of the run.
+        training: whether training rows are wanted at all.
+        trained: tasks whose training rows are; None: all.
+        base: tokeniser and model, if they are loaded already.
 
     Raises:
         PemlError: a bad row, an empty task, or a model that cannot be loaded.
     """
     tasks = {task.name: task for task in recipe.build_tasks()}
     # Rows first: a typing error in a file should not wait for gigabytes of weights.
-    train = {name: task.examples("train") for name, task in tasks.items()} if training else {}
+    wanted = (tasks if trained is None else trained) if training else ()
+    train = {name: tasks[name].examples("train") for name in wanted}
     held_out = {name: task.examples("eval") for name, task in tasks.items()}
     tokenizer, model = load_base(recipe) if base is None else base
+    if form_of(model) == "heads":
+        for task in tasks.values():
+            check_heads(task)
     if not held_out or not all(held_out.values()):
         empty = next((name for name, rows in held_out.items() if not rows), "?")
         raise PemlError(f"task {empty!r} has no rows to evaluate on: give it some or leave it out")
@@ -111,7 +175,7 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]
     """Tokeniser and model that a recipe names.
 
     Raises:
-        PemlError: the folder or Hub id does not give a causal language model.
+        PemlError: the folder or Hub id does not give a language model or an encoder.
     """
     path = model_path(recipe.model)
     if (path.startswith((".", "/", "~")) or not path or Path(path).exists()) and not (
@@ -126,16 +190,20 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]
     attention = recipe.train.get("attn_implementation")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **shared)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        kind = model_class(AutoConfig.from_pretrained(path, **shared))
+        model, report = kind.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, output_loading_info=True, **shared
         )
     except Exception as error:  # hub, network, tokenizer and model classes fail in their own ways
         raise PemlError(
             f"model: {recipe.model} could not be loaded ({type(error).__name__}: {one_line(error)}); "
-            "give a Hub id or a local folder with a causal language model"
+            "give a Hub id or a local folder with a language model or an encoder"
         ) from error
     # transformers fills what is missing with random numbers, and only warns.
-    lacking = [*report["missing_keys"], *report.get("mismatched_keys", ())]
+    # BERT's own pooler is not there in many checkpoints, and heads do not read it.
+    lacking = [
+        key for key in (*report["missing_keys"], *report.get("mismatched_keys", ())) if "pooler." not in str(key)
+    ]
     if lacking:
         raise PemlError(
             f"model: {recipe.model} lacks the weights of {lacking[0]} ({len(lacking)} in all): copy it again"
@@ -148,9 +216,31 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]
         raise PemlError(
             f"model: the tokenizer of {recipe.model} has more tokens than the model: they do not belong together"
         )
-    if not _is_causal(model):
+    if form_of(model) == "causal" and not _is_causal(model):
         raise PemlError(f"model: {recipe.model} is no causal language model: a token sees those after it")
     return tokenizer, model
+
+
+def form_of(model: PreTrainedModel) -> Form:
+    """How a model answers: an encoder-decoder writes, a bare model has heads, any other goes on with its prompt."""
+    if model.config.is_encoder_decoder:
+        return "seq2seq"
+    return "heads" if model.base_model is model else "causal"
+
+
+def model_class(config: Any) -> Any:
+    """The class that loads a checkpoint: encoders are those that were trained to fill in masked words."""
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    says_causal = any("CausalLM" in name or "LMHead" in name for name in config.architectures or ())
+    fills_in = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return AutoModel if fills_in and not says_causal else AutoModelForCausalLM
+
+
+def _scale(examples: list[Example]) -> tuple[float, float]:
+    """Mean and standard deviation of the values of a task; of values that are all the same, 1; of classes, 0, 1."""
+    values = [example.value for example in examples if example.value is not None]
+    return (fmean(values), pstdev(values) or 1.0) if values else (0.0, 1.0)
 
 
 @torch.no_grad()

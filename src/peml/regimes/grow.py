@@ -1,0 +1,125 @@
+"""Adding tasks to a run: a trained adapter gets them, and they are trained, alone or with the tasks it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from peft import PeftModel
+from rich.console import Console
+
+from peml.errors import PemlError
+from peml.training.arguments import one_line
+from peml.training.folder import RunFolder
+from peml.training.recipe import Recipe, load_recipe, read_yaml, validated
+from peml.training.regime import Grow
+from peml.training.run import Stage, train
+from peml.training.workbench import Workbench
+from peml.tuner import PemlModel
+
+_ALLOWED = ("tasks", "train", "mixing", "balance")
+
+
+def grow(
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    workbench: Workbench | None = None,
+) -> RunFolder:
+    """Add tasks to the adapter of a finished run, and train them.
+
+    With `freeze: shared` only what belongs to the new tasks alone is trained, on their rows alone: the outputs of the
+    other tasks stay as they are, bit for bit. Otherwise everything is trained, on the rows of all tasks, so that the
+    old ones are not forgotten (our choice).
+
+    Args:
+        recipe: of all tasks; its regime names the run that is grown and the tasks that are new.
+        output: folder of the new run; the old one is left alone.
+        resume: go on from the last complete checkpoint in the folder.
+        overwrite: replace a run that lies there.
+        console: where progress is shown; None: nowhere.
+        workbench: model and rows that are loaded already.
+
+    Raises:
+        PemlError: bad input, before anything is written; or an adapter whose parameters are all shared.
+    """
+    how = recipe.how
+    assert isinstance(how, Grow)
+    source = RunFolder.existing(how.run)
+    if Path(output).resolve() == source.path.resolve():
+        raise PemlError(f"{source.path} is the run that is grown: choose another --output")
+    stage = Stage(
+        attach=lambda bench: _attached(bench, source, how),
+        tasks=how.trained([task.name for task in recipe.build_tasks()]),
+    )
+    return train(
+        recipe,
+        output,
+        resume=resume,
+        overwrite=overwrite,
+        console=console,
+        workbench=workbench,
+        stage=stage,
+    )
+
+
+def _attached(bench: Workbench, source: RunFolder, how: Grow) -> PeftModel:
+    """The base model with the run's adapter, one task larger for each new one."""
+    wanted = bench.config().heads
+    try:
+        model = PeftModel.from_pretrained(bench.model, str(source.adapter), is_trainable=True)
+    except PemlError:
+        raise
+    except Exception as error:  # a configuration that was edited fails anywhere in PEFT or torch
+        raise PemlError(f"{source.adapter} cannot be loaded ({one_line(error)}): train it again") from error
+    tuner = cast("PemlModel", model.base_model)
+    config = tuner.config_in_force
+    assert config is not None
+    names = list(bench.tasks)
+    if names[: len(config.task_names)] != config.task_names:
+        raise PemlError(f"{source.path} has the tasks {', '.join(config.task_names)}, which must come first, in order")
+    for name in names[len(config.task_names) :]:
+        at = names.index(name)
+        if wanted is None:
+            tuner.add_task(name, how.init)
+        else:
+            tuner.add_task(name, how.init, wanted.num_labels[at], wanted.scale_of(at))
+    if how.freeze == "shared":
+        tuner.freeze_shared()
+    return model
+
+
+def grown_recipe(run: str | Path, added: str | Path, freeze: str, init: str = "identity") -> Recipe:
+    """The recipe of a run with further tasks.
+
+    Args:
+        run: folder of the finished run.
+        added: YAML file with a task, a list of tasks, or `tasks` and what else is to change: `train`, `mixing`,
+            `balance`.
+        freeze: `shared` or `none`.
+        init: where the new tasks' own parameters start.
+
+    Raises:
+        PemlError: naming the file and the key.
+    """
+    source = RunFolder.existing(run)
+    old, given = load_recipe(source.recipe), read_yaml(added)
+    # A list of tasks, or a single one, stands for itself.
+    if not (isinstance(given, dict) and "tasks" in given):
+        given = {"tasks": given if isinstance(given, list) else [given]}
+    for key in given:
+        if key not in _ALLOWED:
+            raise PemlError(f"{added}: {key} cannot change when tasks are added; allowed are {', '.join(_ALLOWED)}")
+    settings: dict[str, Any] = yaml.safe_load(old.to_yaml())
+    count = len(old.build_tasks())
+    settings |= {key: given[key] for key in ("mixing", "balance") if given.get(key) is not None}
+    settings["train"] = {k: v for k, v in settings["train"].items() if k != "output_dir"} | (given.get("train") or {})
+    settings["tasks"] = [*settings["tasks"], *given["tasks"]]
+    settings.pop("regime", None)
+    names = [task.name for task in validated(settings, added).every_task()]
+    how = {"name": "grow", "run": str(source.path.resolve()), "tasks": names[count:], "freeze": freeze, "init": init}
+    return validated(settings | {"regime": how}, added)

@@ -1,0 +1,67 @@
+"""Filling in templates: what a row says, as text, or an error that names the row."""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import StrictUndefined, Template, UndefinedError
+from jinja2.sandbox import SandboxedEnvironment
+
+from peml.errors import PemlError
+from peml.tasks.files import Row
+
+
+def _present(value: Any) -> Any:
+    # Jinja would write "None" and "nan" into the prompt, and the model would be trained on that.
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise UndefinedError("a field that it asks for is empty (null)")
+    return value
+
+
+_JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False, finalize=_present)
+
+
+@lru_cache(maxsize=1024)
+def compiled(source: str) -> Template:
+    """The template, read once."""
+    return _JINJA.from_string(source)
+
+
+def render(template: str, row: Row, where: str) -> str:
+    """The template filled in with the fields of a row, which `row` holds too."""
+    try:
+        return compiled(template).render({"row": row, **row})
+    except UndefinedError as error:
+        fields = ", ".join(map(str, row)) or "none"
+        raise PemlError(f"{where} asks for what the row lacks ({error}); its fields are: {fields}") from error
+    except Exception as error:  # a template is the user's code and may fail in any way
+        raise PemlError(f"{where} cannot be filled in for this row ({type(error).__name__}: {error})") from error
+
+
+def field_of(row: Row, name: str, where: str) -> Any:
+    """A field of a row that a task asks for by name."""
+    if name not in row:
+        fields = ", ".join(map(str, row)) or "none"
+        raise PemlError(f"{where} names the field {name!r}, which the row lacks; its fields are: {fields}")
+    return row[name]
+
+
+def as_text(value: Any, where: str) -> str:
+    """A plain value as text; null is empty."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return ""
+    if isinstance(value, str | int | float):
+        return str(value).strip()
+    raise PemlError(f"{where} must hold a text, a number or true/false, not a {type(value).__name__}")
+
+
+def check_characters(text: str, where: str) -> None:
+    """Refuse text that no tokeniser and no file can take."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PemlError(
+            f"{where} has half of a surrogate pair at character {error.start + 1}; repair the row"
+        ) from error
