@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peml.balance import Balance, CoBa, Equal, per_sample
 from peml.errors import PemlError
@@ -251,18 +251,6 @@ class MultiTaskTrainer(BalancedSteps):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-class Patience(EarlyStoppingCallback):
-    """transformers' early stopping, which begins when a search is over."""
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
-    ) -> None:
-        """One evaluation more or less to wait."""
-        prompt = kwargs["model"].base_model.prompt
-        if not getattr(prompt, "searching", False):
-            super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
 class SearchSchedule(TrainerCallback):
