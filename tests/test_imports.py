@@ -47,6 +47,7 @@ ROOMS = [
     "inspection",
     "serving",
     "demo",
+    "cli_report",
     "cli_tasks",
     "cli",
     "__init__",

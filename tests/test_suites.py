@@ -101,9 +101,10 @@ def test_a_copy_of_the_hubs_files_is_a_folder_too(tmp_path: Path, suite: str) ->
         folder.mkdir(exist_ok=True)
         for split in (source.published.train, *source.published.eval.values()):
             rows = pyarrow.Table.from_pylist([dict(row)])
-            pyarrow.parquet.write_table(rows, folder / f"{split}-00000-of-00001.parquet")
+            for shard in range(2):
+                pyarrow.parquet.write_table(rows, folder / f"{split}-0000{shard}-of-00002.parquet")
         task = task_of(suite, name, tmp_path)
-        assert len(task.examples("train")) == 1 and len(task.examples("eval")) == len(source.published.eval)
+        assert len(task.examples("train")) == 2 and len(task.examples("eval")) == 2 * len(source.published.eval)
 
 
 def test_every_rendering_is_as_it_was_reviewed() -> None:

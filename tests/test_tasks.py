@@ -180,9 +180,7 @@ def test_a_local_folder_stands_in_for_a_hub_data_set(tmp_path: Path) -> None:
 
 
 def test_a_folder_laid_out_for_datasets_goes_through_load_dataset(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    write(data / "train-00000-of-00001.jsonl", "".join(f'{{"n": {n}}}\n' for n in range(20)))
+    write(tmp_path / "train_of_mine.jsonl", "".join(f'{{"n": {n}}}\n' for n in range(20)))
     source = HubSource(path=str(tmp_path), eval=None, limit_train=5)
     rows = list(source.rows("train"))
     assert len(rows) == 5 and all(origin == f"{tmp_path}/train:{row['n'] + 1}" for row, origin in rows)

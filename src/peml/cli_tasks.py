@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from enum import Enum
 from pathlib import Path
@@ -68,6 +69,29 @@ def list_tasks(suite: Annotated[str | None, typer.Argument(help="One suite; defa
         for task in suite_tasks(name):
             table.add_row(f"{name}/{task.name}", *_columns(task))
     console.print(table)
+
+
+@tasks_app.command(name="check")
+def check_tasks(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the tokenizer that measures lengths; default the recipe's.")
+    ] = None,
+    show: Annotated[int, typer.Option(min=1, help="Problems shown of each file.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Read every row of every task before any training; exit code 2 if training would stop."""
+    from peml.cli_report import show_report
+    from peml.training.check import check_tasks
+
+    with Console(quiet=as_json or not console.is_terminal).status("reading rows"):
+        report = check_tasks(recipe, model)
+    if as_json:
+        print(json.dumps(report.to_dict(show), indent=2))
+    else:
+        show_report(report, show, console)
+    if not report.clean:
+        raise typer.Exit(2)
 
 
 @tasks_app.command()
@@ -137,20 +161,17 @@ class _Counter:
     """
 
     def __init__(self, model: str, max_length: int) -> None:
-        from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
-        from peml.tasks import Form
-        from peml.training.workbench import model_class, model_path
+        from peml.training.workbench import form_for, model_path
 
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model_path(model))
-            kind = model_class(AutoConfig.from_pretrained(model_path(model)))
+            self.form = form_for(AutoConfig.from_pretrained(model_path(model)))
         except Exception as error:  # hub, network and tokenizer classes fail in their own ways
             raise PemlError(
                 f"--model {model} could not be loaded ({type(error).__name__}); give a Hub id or a model's folder"
             ) from error
-        forms: dict[Any, Form] = {AutoModel: "heads", AutoModelForSeq2SeqLM: "seq2seq"}
-        self.form: Form = forms.get(kind, "causal")
         self.max_length = max_length
 
     def __call__(self, example: Example) -> str:
@@ -165,7 +186,7 @@ class _Counter:
 
 
 def _shown(task: Task, example: Example, title: str, counter: _Counter | None) -> Text:
-    lines = [("prompt", example.prompt), ("answer", example.answer)]
+    lines = [*(example.turns or [("prompt", example.prompt)]), ("answer", example.answer)]
     if example.references:
         lines.append(("also right", " | ".join(example.references)))
     if example.choices:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from peml.attention import evaluating
 from peml.errors import PemlError
-from peml.tasks.encode import IGNORED, Encoded, Form, encode_choices, encode_prompts
+from peml.tasks.encode import IGNORED, Encoded, Form, encode_choices, encode_prompts, end_ids
 from peml.tasks.encode_seq2seq import encode_seq2seq, encode_seq2seq_choices
 from peml.tasks.task import Example
 
@@ -154,7 +154,7 @@ def generate_answers(
         encoded = encode_prompts(tokenizer, examples, max_length, max_new_tokens)
     prompts, goes_on = [row.input_ids for row in encoded], form == "causal"
     device = next(model.parameters()).device
-    ends = _end_ids(model, tokenizer)
+    ends = sorted(end_ids(tokenizer, examples) | _end_ids(model))
     # Said in full, because models come with settings of their own (sampling, penalties).
     settings = {
         "max_new_tokens": max_new_tokens,
@@ -223,10 +223,10 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
 
 
-def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _end_ids(model: nn.Module) -> set[int]:
     known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = known if isinstance(known, list) else [known]
-    return sorted({i for i in (tokenizer.eos_token_id, *listed) if isinstance(i, int)})
+    return {i for i in listed if isinstance(i, int)}
 
 
 def _accepts_logits_to_keep(model: nn.Module) -> bool:

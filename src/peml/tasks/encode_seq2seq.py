@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from peml.errors import PemlError
-from peml.tasks.encode import Encoded, _special_ids, _tokenize, with_fewer_shots
+from peml.tasks.encode import Encoded, _special_ids
+from peml.tasks.script import script, tokenize, with_fewer_shots
 from peml.tasks.task import Example
 
 
@@ -39,17 +40,20 @@ def _encode(
     front, back = _special_ids(tokenizer)
     room = max_length - len(front) - len(back)
     fitted = with_fewer_shots(tokenizer, examples, [""] * len(examples), [room] * len(examples))
-    prompts = _tokenize(tokenizer, [example.prompt for example in fitted])
+    prompts = tokenize(tokenizer, [script(tokenizer, example).context for example in fitted])
     targets = iter(tokenizer(text_target=[a for group in answers for a in group], verbose=False)["input_ids"])
     encoded = []
     for example, whole, prompt, group in zip(fitted, examples, prompts, answers, strict=True):
         labels = [next(targets) for _ in group]
         longest = max(map(len, labels))
+        # What a chat template writes has its own special tokens already.
+        before = [] if example.turns else front
+        room = max_length - len(before) - len(back)
         if room < 1 or longest > max_length:
             raise PemlError(
                 f"{example.origin}: task {example.task!r}: an answer of {longest} tokens does not fit `max_length` "
                 f"{max_length}; raise it or ask for less"
             )
-        ids = front + prompt[-room:] + back
+        ids = before + prompt[-room:] + back
         encoded.append([Encoded(ids, own, len(prompt) > room or example is not whole) for own in labels])
     return encoded

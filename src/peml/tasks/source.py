@@ -7,13 +7,14 @@ A source yields `(row, origin)` pairs. Which rows it yields depends on nothing b
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from peml.errors import PemlError
-from peml.tasks.files import READERS, Row, Rows, read_file
+from peml.tasks.files import Item, Row, Rows, each_row, read_file, read_files, scan_file, split_files
 
 Split = Literal["train", "eval"]
 
@@ -61,22 +62,60 @@ class Source(ABC):
     def load(self, split: Split) -> Rows:
         """Every row of a split that exists, in the order of the origin."""
 
+    def scan(self, split: Split) -> Iterator[Item]:
+        """What `load` reads, and in place of an error every problem of it; nothing is raised."""
+        try:
+            yield from self.load(split)
+        except PemlError as error:
+            yield error, str(self)
+
     def rows(self, split: Split) -> Iterator[tuple[Row, str]]:
         """The rows of a split with their origins, after hold-out and limit, in the order of the origin."""
-        if self.has_eval:
-            rows = self.load(split)
-            chosen = np.arange(len(rows))
-        else:
-            rows = self.load("train")
-            chosen = self._held_out(len(rows), split)
-        limit = self.limit_train if split == "train" else self.limit_eval
-        if limit is not None and limit < len(chosen):
-            order = np.random.default_rng([self.seed, 1]).permutation(len(chosen))
-            chosen = np.sort(chosen[order[:limit]])
+        rows = self.load(split if self.has_eval else "train")
+        chosen = self.chosen(len(rows), split)
         if len(chosen) == len(rows):
             yield from rows
         else:
             yield from (rows[int(index)] for index in chosen)
+
+    def stream(self, split: Split, *, start: int = 0, number: int = 0, buffer: int = 1000) -> Iterator[tuple[Row, str]]:
+        """One pass over the rows of a split, each read when it is asked for; training rows are shuffled in a buffer.
+
+        A function of the arguments and `seed` alone, so a run can go on in the middle of a pass. A limit takes the
+        first rows, because nobody knows how many there are.
+
+        Args:
+            split: which rows.
+            start: how many of the pass are left out; they are read all the same.
+            number: of the pass; each is shuffled otherwise.
+            buffer: rows in memory. 1,000 is our choice, as in `datasets`.
+
+        Raises:
+            PemlError: a bad row, when it is reached; or there are no evaluation rows apart.
+        """
+        if not self.has_eval:
+            raise PemlError(
+                f"{self}: a stream cannot be split: give it evaluation rows of its own, and no `eval_fraction`"
+            )
+        rows: Iterator[tuple[Row, str]] = islice(
+            self._each(split), self.limit_train if split == "train" else self.limit_eval
+        )
+        if split == "train":
+            rows = _shuffled(rows, buffer, np.random.default_rng([self.seed, 3, number]))
+        return islice(rows, start, None)
+
+    def _each(self, split: Split) -> Iterator[tuple[Row, str]]:
+        """Rows of a split one by one; sources that can, do not read them all first."""
+        yield from self.load(split)
+
+    def chosen(self, count: int, split: Split) -> np.ndarray:
+        """Which of `count` rows of the origin make the split, after hold-out and limit."""
+        chosen = np.arange(count) if self.has_eval else self._held_out(count, split)
+        limit = self.limit_train if split == "train" else self.limit_eval
+        if limit is not None and limit < len(chosen):
+            order = np.random.default_rng([self.seed, 1]).permutation(len(chosen))
+            chosen = np.sort(chosen[order[:limit]])
+        return chosen
 
     def shots(self, count: int) -> Rows:
         """Rows for examples in a prompt: training rows drawn with `seed`, whatever the limits.
@@ -119,8 +158,17 @@ class FileSource(Source):
 
     def load(self, split: Split) -> Rows:
         """All rows of the split's file; origins are `path:line` (`path:row` for json and parquet)."""
-        path = self.train if split == "train" or self.eval is None else self.eval
-        return read_file(Path(path))
+        return read_file(self._path(split))
+
+    def scan(self, split: Split) -> Iterator[Item]:
+        """Every row and every problem of the split's file."""
+        return scan_file(self._path(split))
+
+    def _each(self, split: Split) -> Iterator[tuple[Row, str]]:
+        return each_row([self._path(split)])
+
+    def _path(self, split: Split) -> Path:
+        return Path(self.train if split == "train" or self.eval is None else self.eval)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +176,8 @@ class HubSource(Source):
     """Rows of a data set of the Hub, or of a local folder used in its place.
 
     A local folder may hold one file per split (`train.jsonl`, `validation.csv`; `dev` and `val` also stand
-    for `validation`), in a subfolder `name` if that is given, or anything else that `datasets.load_dataset`
-    understands.
+    for `validation`), several (`train-00000-of-00002.parquet`, or a folder `train`), in a subfolder `name` if
+    that is given, or anything else that `datasets.load_dataset` understands.
     """
 
     path: str
@@ -149,21 +197,40 @@ class HubSource(Source):
 
     def load(self, split: Split) -> Rows:
         """All rows of the split; origins are `path/split:row`, or `file:line` for a local file."""
-        wanted = self.train if split == "train" or self.eval is None else self.eval
-        file = self._local_file(wanted)
-        return read_file(file) if file else _HubRows(self._dataset(wanted), f"{self}/{wanted}")
+        files = split_files(Path(self.path, self.name or ""), self._wanted(split))
+        return read_files(files) if files else self._dataset_rows(split)
 
-    def _local_file(self, split: str) -> Path | None:
-        names = ("validation", "dev", "val") if split == "validation" else (split,)
-        files = [Path(self.path, self.name or "", name + suffix) for name in names for suffix in READERS]
-        return next((file for file in files if file.is_file()), None)
+    def scan(self, split: Split) -> Iterator[Item]:
+        """Every row and every problem of the split."""
+        try:
+            files = split_files(Path(self.path, self.name or ""), self._wanted(split))
+            yield from (item for file in files for item in scan_file(file))
+            if not files:
+                yield from self._dataset_rows(split)
+        except PemlError as error:
+            yield error, str(self)
 
-    def _dataset(self, split: str) -> Any:
+    def _each(self, split: Split) -> Iterator[tuple[Row, str]]:
+        wanted = self._wanted(split)
+        files = split_files(Path(self.path, self.name or ""), wanted)
+        if files:
+            return each_row(files)
+        rows = self._dataset(wanted, streaming=True)
+        return ((row, f"{self}/{wanted}:{number}") for number, row in enumerate(rows, 1))
+
+    def _wanted(self, split: Split) -> str:
+        return self.train if split == "train" or self.eval is None else self.eval
+
+    def _dataset_rows(self, split: Split) -> Rows:
+        return _HubRows(self._dataset(self._wanted(split)), f"{self}/{self._wanted(split)}")
+
+    def _dataset(self, split: str, streaming: bool = False) -> Any:
         # Imported here because it takes seconds, which a run on the user's own files need not wait for.
         import datasets
 
         try:
-            return datasets.load_dataset(self.path, self.name, split=split, revision=self.revision)
+            lazily = {"streaming": True} if streaming else {}
+            return datasets.load_dataset(self.path, self.name, split=split, revision=self.revision, **lazily)
         except Exception as error:  # the Hub, the network and the builder of any data set may fail in any way
             reason = str(error).strip().split("\n")[0]
             raise PemlError(
@@ -201,6 +268,16 @@ class ToySource(Source):
         except ValueError as error:
             raise PemlError(f"{self}: {error}") from error
         return [(row, f"{self}:{number}") for number, row in enumerate(made, 1)]
+
+
+def _shuffled(rows: Iterator[Any], buffer: int, random: np.random.Generator) -> Iterator[Any]:
+    """Each row waits among `buffer` others until it is drawn."""
+    held = list(islice(rows, buffer))
+    for row in rows:
+        drawn = int(random.integers(len(held)))
+        held[drawn], row = row, held[drawn]
+        yield row
+    yield from (held[index] for index in random.permutation(len(held)))
 
 
 class _HubRows(Sequence[tuple[Row, str]]):

@@ -5,7 +5,7 @@ is `peml.tasks.source`; how an example becomes token ids is `peml.tasks.encode`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import accumulate, islice
@@ -14,6 +14,7 @@ from typing import Literal, get_args
 from jinja2 import TemplateSyntaxError
 
 from peml.errors import PemlError
+from peml.tasks.conversation import Turns, read_row
 from peml.tasks.files import Row
 from peml.tasks.metrics import METRICS
 from peml.tasks.render import as_text, check_characters, compiled, field_of, render
@@ -44,6 +45,7 @@ class Example:
         group: what rows are measured together by, such as the question of several answers; "": nothing.
         references: every right answer, where there may be several.
         cuts: where `prompt` may begin instead, behind its first example, its second ...; none: it has no examples.
+        turns: the prompt as a conversation, which the tokeniser's chat template renders; none: it is plain text.
     """
 
     task: str
@@ -56,11 +58,16 @@ class Example:
     group: str = ""
     references: tuple[str, ...] = ()
     cuts: tuple[int, ...] = ()
+    turns: Turns = ()
 
     @property
     def question(self) -> str:
         """The prompt without the answered examples in front of it."""
         return self.prompt[self.cuts[-1] :] if self.cuts else self.prompt
+
+    def asked(self, prompt: str, cuts: tuple[int, ...]) -> "Example":
+        """The same with another prompt."""
+        return replace(self, prompt=prompt, cuts=cuts, turns=(("user", prompt.strip()),) if self.turns else ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +81,8 @@ class Task:
             encoders have a head for each task, which takes the last two and fixed options.
         prompt: Jinja template over the fields of a row; `row["odd name"]` reaches a field by any name. Of several
             templates, a training row takes one by a draw that depends on nothing but the row, and evaluation the
-            first (our choice: scores stay comparable).
+            first (our choice: scores stay comparable). Without it, and without `answer`, rows are as TRL has them: see
+            `peml.tasks.conversation`.
         answer: name of the field with the answer, or a Jinja template if it contains `{{`.
         texts: Jinja templates of what an encoder reads, one or a pair; none: the prompt as a whole.
         choices: the options; or the name of the field that holds those of each row (a list or a mapping).
@@ -84,6 +92,7 @@ class Task:
             first.
         max_new_tokens: longest answer that a `generate` task may write.
         length_normalization: divide the score of an option by its length in bytes.
+        chat: whether the prompt is asked as a user's turn of the chat template, as conversations always are.
         group: name of the field that says which rows are measured together; None: there is none.
         references: name of the field that lists every right answer, where there may be several.
         few_shot: answered examples in front of each prompt, from rows that are neither trained nor measured on.
@@ -93,8 +102,8 @@ class Task:
 
     name: str
     kind: Kind
-    prompt: str | tuple[str, ...]
-    answer: str
+    prompt: str | tuple[str, ...] | None = None
+    answer: str | None = None
     source: Source
     choices: tuple[str, ...] | str | None = None
     texts: tuple[str, ...] = ()
@@ -103,6 +112,7 @@ class Task:
     score: tuple[str, ...] = ()
     max_new_tokens: int = 16
     length_normalization: bool = False
+    chat: bool | None = None
     group: str | None = None
     references: str | None = None
     few_shot: int = 0
@@ -114,13 +124,19 @@ class Task:
             raise PemlError(f"`name` of a task must be a text that is not empty, not {self.name!r}")
         if self.kind not in get_args(Kind):
             raise self._mistake("kind", f"must be one of {', '.join(get_args(Kind))}, not {self.kind!r}")
-        if not isinstance(self.prompt, str):
+        for key, given in (("prompt", self.prompt), ("answer", self.answer)):
+            if given is None and (self.prompt is not None or self.answer is not None):
+                raise self._mistake(
+                    key, "is missing: give both `prompt` and `answer`, or neither for rows as TRL has them"
+                )
+        if not isinstance(self.prompt, str | None):
             object.__setattr__(self, "prompt", tuple(self.prompt))
-        if not self.prompts:
+        if not self.prompts and self.prompt is not None:
             raise self._mistake("prompt", "must be a template, or a list of some")
         for template in self.prompts:
             self._check_template("prompt", template)
-        self._check_template("answer", self.answer)
+        if self.answer is not None:
+            self._check_template("answer", self.answer)
         object.__setattr__(self, "texts", (self.texts,) if isinstance(self.texts, str) else tuple(self.texts))
         if len(self.texts) > 2:
             raise self._mistake("texts", f"are one text or a pair, not {len(self.texts)}")
@@ -137,23 +153,43 @@ class Task:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The templates of the prompt."""
-        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+        """The templates of the prompt; none where rows bring their own."""
+        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt or ()
 
     def examples(self, split: Split, count: int | None = None) -> list[Example]:
         """The examples of a split, all or the first `count`; the first bad row stops with an error that names it."""
-        shots = self.source.shots(self.few_shot) if self.few_shot else []
-        kept = {origin for _, origin in shots}
-        before = [self.example(row, origin) for row, origin in shots]
-        rows = ((row, origin) for row, origin in self.source.rows(split) if origin not in kept)
-        return [_after(before, self.example(row, origin, split)) for row, origin in islice(rows, count)]
+        try:
+            shots = self.shots()
+            kept = {shot.origin for shot in shots}
+            rows = ((row, origin) for row, origin in self.source.rows(split) if origin not in kept)
+            chosen = list(islice(rows, count))
+        except PemlError as error:
+            if repr(self.name) in str(error):
+                raise
+            raise PemlError(f"{error} (task {self.name!r})") from error
+        return [after(shots, self.example(row, origin, split)) for row, origin in chosen]
+
+    def stream(self, split: Split, *, start: int = 0, number: int = 0) -> Iterator[Example]:
+        """Examples of one pass over a split, each made when it is asked for; see `Source.stream`."""
+        if self.few_shot:
+            raise self._mistake("few_shot", "does not go with rows that are streamed")
+        return (
+            self.example(row, origin, split) for row, origin in self.source.stream(split, start=start, number=number)
+        )
+
+    def shots(self) -> list[Example]:
+        """The answered examples in front of each prompt."""
+        rows = self.source.shots(self.few_shot) if self.few_shot else []
+        return [self.example(row, origin) for row, origin in rows]
 
     def example(self, row: Row, origin: str, split: Split = "eval") -> Example:
         """The example that a raw row makes; `origin` names the row in errors."""
         where = f"{origin}: task {self.name!r}"
-        prompt = self._asked(row, where, split)
+        turns, prompt, raw = self._asked(row, where, split)
         texts = tuple(render(text, row, f"{where}: `texts`").strip() for text in self.texts)
-        answer, value = self._answer(row, where), None
+        answer, value = self.labels.get(raw.lower(), raw), None
+        if not answer:
+            raise PemlError(f"{where}: the answer ({self.answer!r}) is empty; fill it in or drop the row")
         if self.kind == "regress":
             value, answer = self._number(answer, where)
         choices = self._choices(row, where)
@@ -174,9 +210,21 @@ class Task:
         if self.group is not None and (split == "eval" or self.group in row):
             group = as_text(field_of(row, self.group, f"{where}: `group`"), f"{where}: field {self.group!r}")
         references = self._references(row, where)
-        return Example(self.name, prompt, answer, choices, origin, texts, value, group, references)
+        return Example(self.name, prompt, answer, choices, origin, texts, value, group, references, turns=turns)
 
-    def _asked(self, row: Row, where: str, split: Split) -> str:
+    def _asked(self, row: Row, where: str, split: Split) -> tuple[Turns, str, str]:
+        """The prompt as turns, if it is a conversation, and as plain text; and the raw answer."""
+        if self.answer is None:
+            turns, prompt, raw = read_row(row, where)
+        else:
+            turns, prompt, raw = (), self._prompt(row, where, split), self._answer(self.answer, row, where)
+        if turns and self.chat is False:
+            raise PemlError(
+                f"{where}: the row is a conversation, which needs the chat template; leave out `chat: false`"
+            )
+        return turns or ((("user", prompt.strip()),) if self.chat else ()), prompt, raw
+
+    def _prompt(self, row: Row, where: str, split: Split) -> str:
         prompt = render(self.prompts[0], row, f"{where}: `prompt`").rstrip()
         if split == "train" and len(self.prompts) > 1:
             # What is drawn depends on the row alone: not on its place, on other rows or on the machine.
@@ -205,15 +253,10 @@ class Task:
         # A language model writes it: one place behind the point says enough, and as few tokens as can be.
         return value, f"{value:.1f}"
 
-    def _answer(self, row: Row, where: str) -> str:
-        if "{{" in self.answer:
-            raw = render(self.answer, row, f"{where}: `answer`").strip()
-        else:
-            raw = as_text(field_of(row, self.answer, f"{where}: `answer`"), f"{where}: field {self.answer!r}")
-        answer = self.labels.get(raw.lower(), raw)
-        if not answer:
-            raise PemlError(f"{where}: the answer ({self.answer!r}) is empty; fill it in or drop the row")
-        return answer
+    def _answer(self, template: str, row: Row, where: str) -> str:
+        if "{{" in template:
+            return render(template, row, f"{where}: `answer`").strip()
+        return as_text(field_of(row, template, f"{where}: `answer`"), f"{where}: field {template!r}")
 
     def _choices(self, row: Row, where: str) -> tuple[str, ...]:
         if self.choices is None or isinstance(self.choices, tuple):
@@ -294,13 +337,15 @@ class Task:
         return PemlError(f"task {self.name!r}: `{key}` {sentence}")
 
 
-def _after(shots: Sequence[Example], example: Example) -> Example:
-    """The example with answered ones in front of it, an empty line between any two."""
+def after(shots: Sequence[Example], example: Example) -> Example:
+    """The example with answered ones in front of it, an empty line between any two; a user says all in one turn."""
     if not shots:
         return example
+    if len(example.turns) > 1 or any(len(shot.turns) > 1 for shot in shots):
+        raise PemlError(f"{example.origin}: task {example.task!r}: `few_shot` does not go with rows of several turns")
     before = [f"{shot.prompt} {shot.answer}\n\n" for shot in shots]
     cuts = tuple(accumulate(len(text) for text in before))
-    return replace(example, prompt="".join(before) + example.prompt, cuts=cuts)
+    return example.asked("".join(before) + example.prompt, cuts)
 
 
 def _choices_problem(choices: tuple[str, ...]) -> str | None:

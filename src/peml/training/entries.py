@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from peml.errors import PemlError
 from peml.tasks import FileSource, HubSource, Task, suite_tasks
@@ -61,13 +61,17 @@ class SuiteEntry(Section):
 class OwnEntry(Section):
     """A task on the user's own rows; `path`, `split` and `revision` as in `datasets.load_dataset`.
 
+    Without `prompt` and `answer` the rows are as TRL has them: `prompt` and `completion`, or `messages`.
+
     Args:
         name: the task's name.
         path: file (jsonl, json, csv, tsv, parquet), local folder, or Hub id.
         eval_path: file with rows to evaluate on; without one, `eval_fraction` of the training rows is held out.
         subset: configuration name of a Hub data set.
         split: names of the training and evaluation splits of a Hub data set.
-        kind, prompt, texts, choices, answer, labels, metrics, score, group, references, few_shot: as in `peml.Task`.
+        kind: as in `peml.Task`; may be left out, for `generate`, where rows are as TRL has them.
+        prompt, texts, choices, answer, labels, metrics, score, group, references, few_shot: as in `peml.Task`.
+        chat: whether the prompt is asked as a user's turn of the model's chat template; None: as the recipe says.
     """
 
     name: str
@@ -79,10 +83,10 @@ class OwnEntry(Section):
     eval_fraction: float | None = Field(None, gt=0, lt=1)
     limit_train: int | None = Field(None, gt=0)
     limit_eval: int | None = Field(None, gt=0)
-    kind: Literal["choose", "generate", "classify", "regress"]
-    prompt: Texts | str
+    kind: Literal["choose", "generate", "classify", "regress"] | None = None
+    prompt: Texts | str | None = None
     texts: Texts | str = []
-    answer: str
+    answer: str | None = None
     choices: Texts | str | None = None
     labels: dict[Any, Any] = {}
     metrics: list[str] = []
@@ -92,7 +96,18 @@ class OwnEntry(Section):
     few_shot: int = Field(0, ge=0)
     max_new_tokens: int = Field(16, gt=0)
     length_normalization: bool = False
+    chat: bool | None = None
     weight: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _whole(self) -> OwnEntry:
+        lacking = [key for key in ("kind", "prompt", "answer") if getattr(self, key) is None]
+        if self.prompt is None and self.answer is None:
+            if self.kind is None and self.choices is not None:
+                raise PemlError("the key kind is missing: choices go with kind choose or classify")
+        elif lacking:
+            raise PemlError(f"the key {lacking[0]} is missing")
+        return self
 
 
 def read_entry(index: int, raw: Any) -> Any:
@@ -128,7 +143,7 @@ def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
             for t in tasks
         ]
     path = str(Path(entry.path).expanduser())
-    is_file = Path(path).suffix.lower() in READERS and not Path(path).is_dir()
+    is_file = (Path(path).suffix.lower() in READERS or Path(path).is_file()) and not Path(path).is_dir()
     held_out = entry.eval_fraction
     source: FileSource | HubSource
     if is_file or entry.eval_path is not None:
@@ -156,7 +171,7 @@ def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
     return [
         Task(
             name=entry.name,
-            kind=entry.kind,
+            kind=entry.kind or "generate",
             prompt=tuple(entry.prompt) if isinstance(entry.prompt, list) else entry.prompt,
             texts=(entry.texts,) if isinstance(entry.texts, str) else tuple(entry.texts),
             answer=entry.answer,
@@ -169,6 +184,7 @@ def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
             few_shot=entry.few_shot,
             max_new_tokens=entry.max_new_tokens,
             length_normalization=entry.length_normalization,
+            chat=entry.chat,
             source=source,
         )
     ]

@@ -76,6 +76,7 @@ class Recipe(Section):
         tasks: suites and own tasks, in any number.
         method: a name from `peml methods`.
         set: changes to the method, e.g. `{adapter.r: 16, prompt.num_virtual_tokens: 32}`.
+        chat: whether every task is asked as a user's turn of the model's chat template, unless it says otherwise.
         mixing: how tasks share a batch.
         balance: how tasks share the loss and the gradient, by name or with settings; "equal" is the mean over tasks.
         regime: how the parts are trained, by name or with settings; None: as the method says.
@@ -91,6 +92,7 @@ class Recipe(Section):
     tasks: list[SuiteEntry | OwnEntry] = Field(min_length=1)
     method: str = "peml"
     set: dict[str, Any] = Field(default_factory=dict)
+    chat: bool = False
     mixing: MixingSection = MixingSection()
     balance: Annotated[Balance, PlainSerializer(write_balance)] = Equal()
     regime: Joint | DistilThenAdapt | Grow | None = None
@@ -162,7 +164,8 @@ class Recipe(Section):
 
     def every_task(self) -> list[Task]:
         """Those too that only an earlier stage of the regime trains on."""
-        return [task for entry in self.tasks for task in build_tasks(entry, self.seed)]
+        tasks = [task for entry in self.tasks for task in build_tasks(entry, self.seed)]
+        return [dataclasses.replace(t, chat=True) if self.chat and t.chat is None else t for t in tasks]
 
     def stage(self, tasks: Sequence[str], **changes: Any) -> Recipe:
         """The recipe of one stage: these tasks alone, trained jointly, with other keys changed."""

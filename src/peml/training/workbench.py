@@ -55,14 +55,7 @@ class Workbench:
     @property
     def max_length(self) -> int:
         """Most tokens of a row: what the recipe allows, and what the model has positions for."""
-        limits = [int(self.recipe.setting("max_length"))]
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        if isinstance(positions, int) and positions > 1:
-            limits.append(positions)
-        if self.form == "heads":
-            # Of RoBERTa's kin, whose positions begin behind the padding token's number, only the tokeniser knows.
-            limits.append(self.tokenizer.model_max_length)
-        return min(limits)
+        return longest_row(self.recipe, self.model.config, self.tokenizer, self.form)
 
     @property
     def form(self) -> Form:
@@ -219,6 +212,24 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]
     if form_of(model) == "causal" and not _is_causal(model):
         raise PemlError(f"model: {recipe.model} is no causal language model: a token sees those after it")
     return tokenizer, model
+
+
+def longest_row(recipe: Recipe, config: Any, tokenizer: PreTrainedTokenizerBase, form: Form) -> int:
+    """Most tokens of a row: what the recipe allows, and what the model has positions for."""
+    limits = [int(recipe.setting("max_length"))]
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 1:
+        limits.append(positions)
+    if form == "heads":
+        # Of RoBERTa's kin, whose positions begin behind the padding token's number, only the tokeniser knows.
+        limits.append(tokenizer.model_max_length)
+    return min(limits)
+
+
+def form_for(config: Any) -> Form:
+    """How a model with this configuration answers."""
+    forms: dict[Any, Form] = {AutoModelForSeq2SeqLM: "seq2seq", AutoModel: "heads", AutoModelForCausalLM: "causal"}
+    return forms[model_class(config)]
 
 
 def form_of(model: PreTrainedModel) -> Form:

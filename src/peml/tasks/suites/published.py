@@ -23,7 +23,8 @@ class Layout:
     """Files of one published form of a task, by their paths in a local folder; a path may be a pattern.
 
     Attributes:
-        train, eval, shots: candidates for the rows of each use; the first that exists is read.
+        train, eval, shots: candidates for the rows of each use; the first that exists is read, of a pattern every
+            file that it matches.
         parts: name of a part of the evaluation -> its candidates; instead of `eval`.
         columns: what the columns are called in a table without a header.
         fields: field of the Hub -> what it is called here.
@@ -50,21 +51,21 @@ class Layout:
         candidates: tuple[str, ...] = getattr(self, use)
         return {"": candidates} if candidates else {}
 
-    def found(self, folder: Path, use: str) -> dict[str, Path]:
+    def found(self, folder: Path, use: str) -> dict[str, list[Path]]:
         """The files that are there, by part."""
-        return {
-            part: file
-            for part, names in self.wanted(use).items()
-            if (file := next(_existing(folder, names), None)) is not None
-        }
+        there = {part: _existing(folder, names) for part, names in self.wanted(use).items()}
+        return {part: files for part, files in there.items() if files}
 
-    def read(self, file: Path) -> Rows:
-        """Rows of a file under the Hub's field names."""
+    def read(self, files: Iterable[Path]) -> Rows:
+        """Rows of files under the Hub's field names."""
+        return [row for file in files for row in self._read(file)]
+
+    def _read(self, file: Path) -> Iterator[tuple[Row, str]]:
         bare = bool(self.columns) and file.suffix.lower() in _DIALECTS
         rows = _table(file, self.columns, self.ragged) if bare or self.ragged else read_file(file)
         if self.answers:
             rows = _answered(file, rows, self.answers)
-        return list(_expanded(((self._renamed(row), origin) for row, origin in rows), self.expand))
+        return _expanded(((self._renamed(row), origin) for row, origin in rows), self.expand)
 
     def _renamed(self, row: Row) -> Row:
         here = {name: row[name] for name in row if name not in self.fields.values()}
@@ -173,7 +174,7 @@ class SuiteSource(Source):
         for layout in self.published.every_layout():
             files = layout.found(folder, use)
             if files:
-                return _joined({part: layout.read(file) for part, file in files.items()})
+                return _joined({part: layout.read(found) for part, found in files.items()})
         looked = [
             name for layout in self.published.every_layout() for names in layout.wanted(use).values() for name in names
         ]
@@ -220,15 +221,17 @@ def _expanded(rows: Iterable[tuple[Row, str]], expand: Expand | None) -> Iterato
         yield from ((one, origin) for one in made)
 
 
-def _existing(folder: Path, names: Iterable[str]) -> Iterator[Path]:
+def _existing(folder: Path, names: Iterable[str]) -> list[Path]:
+    """The files of the first name that there are any of."""
     for name in names:
-        yield from sorted(folder.glob(name)) if "*" in name else [folder / name] * (folder / name).is_file()
+        if files := sorted(folder.glob(name)) if "*" in name else [folder / name] * (folder / name).is_file():
+            return files
+    return []
 
 
 _DIALECTS: Mapping[str, Mapping[str, object]] = {
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
     ".csv": {},
-    ".txt": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
 
 

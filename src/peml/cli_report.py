@@ -1,0 +1,49 @@
+"""What `peml tasks check` prints."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from peml.training.check import Report, TaskCheck
+
+
+def show_report(report: Report, show: int, console: Console) -> None:
+    """A table of rows and lengths, then notes and problems by task, of each file the first `show`."""
+    table = Table("task", "kind", "split")
+    for word in ("rows", "tokens", "95 %", "most", "cut"):
+        table.add_column(word, justify="right")
+    table.add_column("answers")
+    for task in report.tasks:
+        for index, split in enumerate(("train", "eval")):
+            lengths = task.lengths.get(split)
+            numbers = [lengths.median, lengths.most, lengths.longest, lengths.cut] if lengths else []
+            cells = [f"{number:,}" for number in numbers] or [""] * 4
+            first = ["", ""] if index else [Text(task.name), task.kind]
+            table.add_row(*first, split, f"{task.rows.get(split, 0):,}", *cells, _answers(task, split))
+    console.print(table)
+    if report.unread:
+        console.print(Text(f"no lengths: {report.unread}", "yellow"), soft_wrap=True)
+    for task in report.tasks:
+        for note in task.notes:
+            console.print(Text(f"note: {task.name}: {note}", "yellow"), soft_wrap=True)
+    for task in report.tasks:
+        for file, problems in task.by_file().items():
+            for problem in problems[:show]:
+                console.print(Text.assemble(("error: ", "bold red"), problem.message), soft_wrap=True)
+            if len(problems) > show:
+                console.print(Text(f"       and {len(problems) - show:,} more in {file}", "red"), soft_wrap=True)
+    good = sum(sum(task.rows.values()) for task in report.tasks)
+    count = sum(len(task.problems) for task in report.tasks)
+    found = "no problem" if not count else "1 problem" if count == 1 else f"{count:,} problems"
+    console.print(f"{good:,} good rows, {found}", style="bold" if not count else "bold red", highlight=False)
+
+
+def _answers(task: TaskCheck, split: str) -> Text:
+    answers = task.answers.get(split, {})
+    if task.kind == "regress":
+        return Text(", ".join(f"{name} {value:.3g}" for name, value in answers.items()))
+    total = sum(answers.values())
+    shares = [f"{name} {count / total:.1%}" for name, count in list(answers.items())[:8]]
+    return Text(", ".join(shares + ["..."] * (len(answers) > 8)))
