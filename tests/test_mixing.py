@@ -226,6 +226,16 @@ def test_a_task_gives_no_more_than_its_epochs(batches: str) -> None:
     assert [epoch(again, number) for number in (4, 0, 2)] == [epochs[4], epochs[0], epochs[2]]
 
 
+@pytest.mark.parametrize(("most", "length"), [(0.5, 31), (1.5, 45), (2, 61), (7.2, 55)])
+def test_epochs_are_an_even_part_of_what_there_is(most: float, length: int) -> None:
+    drawn = named(Mixing(epochs=most))
+    assert len(drawn) == length
+    whole = sum(round(most * size) for size in SIZES) // length
+    drawn.check(whole * length)
+    seen = Counter(row for number in range(whole) for row in epoch(drawn, number))
+    assert max(seen.values()) <= np.ceil(most)
+
+
 def test_a_training_that_needs_more_than_the_tasks_may_give_is_refused() -> None:
     drawn = named(Mixing(epochs=2))
     drawn.check(122)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 from peml.training import RunFolder, train
 from peml.training.recipe import Recipe
 from peml.training.trainer import MultiTaskTrainer
+from stream_worker import DIES, SAVED, STEPS
 from workshop import recipe, write_model
 
 MIXINGS: dict[str, dict[str, Any]] = {
@@ -73,3 +78,19 @@ def test_a_training_longer_than_its_epochs_is_refused_before_anything_is_written
     with pytest.raises(Exception, match="mixing.epochs lets the tasks give 120 rows in all"):
         stream(tmp_path, "run", {"epochs": 1})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_at_the_exact_row(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe(tmp_path)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for what in ("whole", "broken", "resumed"):
+        command = [*launch, str(Path(__file__).with_name("stream_worker.py")), str(tmp_path), what]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert (done.returncode == 0) == (what != "broken"), done.stderr[-2000:]
+    for rank in range(2):
+        whole, resumed = (json.loads((tmp_path / f"{what}-{rank}.json").read_text()) for what in ("whole", "resumed"))
+        assert len(whole) == STEPS and whole[8:] != whole[: STEPS - 8], "epochs differ"
+        assert resumed == whole[DIES - DIES % SAVED :]

@@ -57,6 +57,9 @@ def train(
     metrics = folder.read_metrics()
     console.print(_scores(metrics, [when for when in ("before", "after") if when in metrics]))
     count = sum(metrics["parameters"].values())
+    if "kept" in metrics:
+        kept = metrics["kept"]
+        console.print(f"kept step {kept['step']} of {metrics['steps']}, the best by {escape(kept['metric'])}")
     earlier = sum(stage["train_seconds"] for stage in metrics.get("stages", {}).values())
     before = f" after {earlier:.0f} s in earlier stages" if earlier else ""
     console.print(

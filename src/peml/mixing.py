@@ -3,10 +3,10 @@ r"""How tasks share an epoch and a batch.
     p_t ~ min(n_t, cap)^(1/tau)        for n_t rows of task t
 
 tau = 1 is `proportional`, tau = infinity is `equal`; tau = 2 is the default; `weights` gives p_t as it stands.
-`fixed_ratio` has p_t of every batch, not only of an epoch. `subset` draws k ~ U{2..T} tasks for every batch, which share
-it equally (multitask prompt tuning, arXiv:2303.02861). The rows of an epoch are a function of (seed, epoch) alone, never
-of what was drawn before, so a resumed run sees the rows that an uninterrupted one sees, whatever number of workers
-loads them.
+`fixed_ratio` has p_t of every batch, not only of an epoch. `subset` draws k ~ U{2..T} tasks for every batch, which
+share it equally (multitask prompt tuning, arXiv:2303.02861). The rows of an epoch are a function of (seed, epoch)
+alone, never of what was drawn before, so a resumed run sees the rows that an uninterrupted one sees, whatever number of
+workers loads them.
 """
 
 import math
@@ -33,13 +33,13 @@ class Mixing:
     """How often each task is drawn.
 
     Attributes:
-        by: `proportional` to the number of rows, its root by `temperature`, `equal` for all tasks, by given `weights`, a
-            `fixed_ratio` in every batch, or a `subset` of the tasks in every batch.
+        by: `proportional` to the number of rows, its root by `temperature`, `equal` for all tasks, by given `weights`,
+            a `fixed_ratio` in every batch, or a `subset` of the tasks in every batch.
         temperature: tau, for `by="temperature"` only. 2 is our choice.
         weights: of every task, for `by="weights"`, and for `by="fixed_ratio"`, which is equal without.
         cap: rows beyond this number do not count for a task's share; one number for all tasks, or some by name.
-        epochs: passes over its rows that a task gives at most in the whole training; one number, or some by name. What it
-            no longer gives, the others do.
+        epochs: passes over its rows that a task gives at most in the whole training; one number, or some by name. What
+            it no longer gives, the others do.
         batches: `mixed`, or `homogeneous`: each batch of one task.
     """
 
@@ -98,23 +98,27 @@ class Mixing:
                     raise PemlError(
                         f"mixing.{key} names {name!r}, which is no task here; there are {', '.join(task_names)}"
                     )
-        for name in task_names if self.weights is not None else ():
-            if name not in self.weights:
+        weights = dict.fromkeys(task_names) if self.weights is None else self.weights
+        for name in task_names:
+            if name not in weights:
                 raise PemlError(f"mixing.weights has no weight for task {name!r}: give it one")
 
     def task_probabilities(self, counts: Mapping[str, int]) -> dict[str, float]:
         """Share of each task in an epoch, given the number of its rows."""
         self.check(counts)
+        return self._among(counts)
+
+    def _among(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """The same, where tasks may be named that have no rows in this training."""
         for task, count in counts.items():
             if count < 1:
                 raise PemlError(f"mixing: task {task!r} has no rows; give it some or leave it out")
         if not counts:
             raise PemlError("mixing: there is no task to draw from")
-        if self.by == "weights" or (self.by == "fixed_ratio" and self.weights is not None):
-            assert self.weights is not None
-            shares = np.array([self.weights[task] for task in counts], np.float64)
-        else:
+        if self.weights is None:
             shares = self._counted(counts)
+        else:
+            shares = np.array([self.weights[task] for task in counts], np.float64)
         return dict(zip(counts, (shares / shares.sum()).tolist(), strict=True))
 
     def _counted(self, counts: Mapping[str, int]) -> NDArray[np.float64]:
@@ -141,8 +145,8 @@ class MixtureSampler(Sampler[int]):
         mixing: how often each task is drawn.
         seed: seed of all draws.
         batch_size: rows per batch; matters where batches are planned: homogeneous ones, fixed ratios and subsets.
-        num_samples: rows per epoch; as many as the data set has by default. Planned batches are always whole, so there
-            it is rounded up to a multiple of `batch_size`.
+        num_samples: rows per epoch; as many as the data set has by default, or an even part of all that limited
+            tasks may give. Planned batches are always whole, so there it is rounded up to a multiple of `batch_size`.
         task_names: names of the ids, for a mixing that names tasks.
         without: rows that are never drawn.
     """
@@ -172,7 +176,8 @@ class MixtureSampler(Sampler[int]):
         present = np.unique(tasks)
         names = [str(task) if task_names is None else task_names[task] for task in present]
         self.rows = [np.flatnonzero((tasks == task) & kept) for task in present]
-        shares = mixing.task_probabilities({name: len(rows) for name, rows in zip(names, self.rows, strict=True)})
+        mixing.check(names if task_names is None else task_names)
+        shares = mixing._among({name: len(rows) for name, rows in zip(names, self.rows, strict=True)})
         self.probabilities = np.array(list(shares.values()))
         self.seed = seed
         self.epoch = 0
@@ -180,7 +185,6 @@ class MixtureSampler(Sampler[int]):
         # Each batch has a plan of its own, or units of a row or of a batch are dealt out to the tasks.
         self.planned = mixing.by in ("subset", "fixed_ratio")
         self.block = batch_size if mixing.batches == "homogeneous" or self.planned else 1
-        self.blocks = math.ceil(samples / self.block)
         # Blocks that each task gives in the whole training.
         self.limits = np.array(
             [
@@ -190,9 +194,12 @@ class MixtureSampler(Sampler[int]):
         )
         for name, limit in zip(names, self.limits.tolist(), strict=True):
             if limit < 1:
-                raise PemlError(
-                    f"mixing.epochs lets task {name!r} give less than a {'row' if self.block == 1 else 'batch'}"
-                )
+                unit = "row" if self.block == 1 else "batch"
+                raise PemlError(f"mixing.epochs lets task {name!r} give less than a {unit}: allow more")
+        self.blocks = math.ceil(samples / self.block)
+        if num_samples is None and math.isfinite(total := float(self.limits.sum())):
+            # Whole epochs of what the tasks may give, so that all of it can be drawn.
+            self.blocks = int(total // math.ceil(total / self.blocks))
         self._dealt: list[Integers] = []
 
     def __len__(self) -> int:
@@ -213,8 +220,8 @@ class MixtureSampler(Sampler[int]):
         needed = math.ceil(samples / len(self)) * len(self)
         if needed > most:
             raise PemlError(
-                f"mixing.epochs lets the tasks give {most:.0f} rows in all, and the training draws {needed} (in epochs of "
-                f"{len(self)}): train fewer steps, allow more epochs, or leave a task without a limit"
+                f"mixing.epochs lets the tasks give {most:.0f} rows in all, and the training draws {needed} (in epochs "
+                f"of {len(self)}): train fewer steps, allow more epochs, or leave a task without a limit"
             )
 
     def __iter__(self) -> Iterator[int]:
@@ -300,7 +307,7 @@ class MixtureSampler(Sampler[int]):
 
 
 def held_out(row_tasks: Sequence[int], task_names: Sequence[str], rows: int, seed: int) -> tuple[int, ...]:
-    """Rows of each task that are set aside for good: so many, but no more than a tenth of its own, and one at least.
+    """Rows of each task that are set aside for good: so many, at most a tenth of its own, and one if it has any.
 
     Raises:
         PemlError: a task with a single row.
@@ -308,8 +315,8 @@ def held_out(row_tasks: Sequence[int], task_names: Sequence[str], rows: int, see
     tasks, chosen = np.asarray(row_tasks), []
     for task, name in enumerate(task_names):
         own = np.flatnonzero(tasks == task)
-        if len(own) < 2:
+        if len(own) == 1:
             raise PemlError(f"task {name!r} has too few training rows to hold one out for the balance: give it two")
-        count = min(rows, max(1, len(own) // 10))
+        count = min(rows, max(1, len(own) // 10), len(own))
         chosen += np.random.default_rng([seed, _HELD_OUT, task]).choice(own, count, replace=False).tolist()
     return tuple(sorted(chosen))

@@ -19,9 +19,9 @@ class CoBa(Balance):
         w = softmax_t( T (DF RCS_t + (1 - DF) ACS_t) )
 
     a_max is the slope of the largest of the losses. A weight below m = 1/(10 T) lifts all: w (1 - m T) + m. Paper:
-    arXiv:2410.06741, section 3; the lift is in its released code. Our choices: the rows that are held out come from each
-    task's training rows and are never trained on, because weights that read the evaluation rows would leak them into the
-    training; they are looked at every few steps, not in each.
+    arXiv:2410.06741, section 3; the lift is in its released code. Our choices: the rows that are held out come from
+    each task's training rows and are never trained on, because weights that read the evaluation rows would leak them
+    into the training; they are looked at every few steps, not in each.
 
     Args:
         rows: held out of each task, but no more than a tenth of it.

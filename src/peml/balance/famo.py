@@ -17,8 +17,8 @@ class FAMO(Balance):
         w_t = (z_t / D_t) / sum_u z_u / D_u      z = softmax(xi)      D_t = L_t + 1e-8
         xi moves against J_z (log D before - log D after), J_z the Jacobian of the softmax
 
-    with the same rows before and after the step: a second forward. Paper: arXiv:2306.03792, algorithm 1. Our choice: the
-    least loss that a task can have is 0, as that of an answer's tokens is.
+    with the same rows before and after the step: a second forward. Paper: arXiv:2306.03792, algorithm 1. Our choice:
+    the least loss that a task can have is 0, as that of an answer's tokens is.
 
     Args:
         learning_rate: of xi, which Adam moves.

@@ -1,8 +1,8 @@
 """Balance of gradients: how the gradients of tasks that pull apart become one step.
 
-Each needs only the inner products of the gradients, `G_tu = g_t . g_u`, and answers with one factor per task; c_t is the
-task's share of the loss, and the factors are c themselves where nothing is done. Only what tasks share is touched: a
-parameter of a single task has no conflicts, and gets its plain weighted gradient.
+Each needs only the inner products of the gradients, `G_tu = g_t . g_u`, and answers with one factor per task; c_t is
+the task's share of the loss, and the factors are c themselves where nothing is done. Only what tasks share is touched:
+a parameter of a single task has no conflicts, and gets its plain weighted gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peml.balance.base import Balance, Rule
 class PCGrad(Balance):
     """Take out of each gradient what opposes another.
 
-        for u in random order: if h_t . g_u < 0:  h_t -= (h_t . g_u / |g_u|^2) g_u        g = sum_t h_t, h_t = c_t g_t at first
+        h_t = c_t g_t      for u in random order: if h_t . g_u < 0:  h_t -= (h_t . g_u / |g_u|^2) g_u      g = sum_t h_t
 
     Paper: arXiv:2001.06782, algorithm 1; through torchjd.
     """
@@ -52,8 +52,8 @@ class CAGrad(Balance):
         max_d min_t h_t . d   with |d - h_0| <= c |h_0|,  h_t = k c_t g_t,  h_0 their mean
         d = (h_0 + (c |h_0| / |h_w|) h_w) / (1 + c^2),  w on the simplex: min h_w . h_0 + c |h_0| |h_w|
 
-    Paper: arXiv:2110.14048, equations 3 to 5; the division keeps the step's size, as in the released code. The problem on
-    the simplex is solved with scipy, since torchjd's version needs a solver of its own.
+    Paper: arXiv:2110.14048, equations 3 to 5; the division keeps the step's size, as in the released code. The problem
+    on the simplex is solved with scipy, since torchjd's version needs a solver of its own.
 
     Args:
         c: radius in which the direction may leave the mean; 0 is the mean itself.
@@ -113,7 +113,7 @@ class AlignedMTL(Balance):
 
         G = V diag(lambda) V^T      factors = sqrt(lambda_min) V diag(lambda)^{-1/2} V^T c
 
-    so that the system of gradients has condition number 1. Paper: CVPR 2023, arXiv:2305.19000, algorithm 1; through torchjd.
+    so that the system of gradients has condition number 1. Paper: arXiv:2305.19000, algorithm 1; through torchjd.
 
     Args:
         scale: the eigenvalue that all become: the least one, as in the paper, the median, or their mean ("rmse").

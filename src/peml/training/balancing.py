@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peml.balance import BALANCES, Balance, Rule, Step, shares
 from peml.errors import PemlError
@@ -196,14 +195,3 @@ class Balancer:
             self.rule.restore(state)
         except (OSError, SafetensorError, KeyError) as error:
             raise PemlError(f"{Path(folder) / STATE} cannot be read ({error}): train from the start") from None
-
-
-class BalanceUpdates(TrainerCallback):
-    """Lets the rule learn when the optimiser has made its step, before a checkpoint is taken."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Once per step."""
-        self.trainer.update_balance()

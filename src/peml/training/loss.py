@@ -50,7 +50,8 @@ def balanced(mean: Mean, sums: Tensor, counts: Tensor, weights: Tensor | None = 
 
     Args:
         mean: see `peml.balance.means`.
-        sums, counts: by task, of rows as `peml.balance.per_sample` gives them.
+        sums: of the losses of each task, as `peml.balance.per_sample` gives those of rows.
+        counts: how many they are.
         weights: of the tasks; None: all the same.
 
     Shapes:

@@ -14,7 +14,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peml.training.folder import RunFolder
 
@@ -103,6 +103,18 @@ class RunLog(TrainerCallback):
             if kind == "loss" and slash:
                 self.first_loss.setdefault(task, value)
                 self.last_loss[task] = value
+
+
+class Patience(EarlyStoppingCallback):
+    """transformers' early stopping, which begins when a search is over."""
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        """One evaluation more or less to wait."""
+        prompt = kwargs["model"].base_model.prompt
+        if not getattr(prompt, "searching", False):
+            super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
 def kept(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:

@@ -136,8 +136,8 @@ class Recipe(Section):
                 )
             if self.balance.needs_gradients and self.how.distillation_weight > 0:
                 raise PemlError(
-                    "balance cannot keep the gradients of tasks apart while a student is distilled: use another rule, or "
-                    "regime: {distillation_weight: 0}"
+                    "balance cannot keep the gradients of tasks apart while a student is distilled: use another rule, "
+                    "or regime: {distillation_weight: 0}"
                 )
         elif isinstance(self.how, Grow):
             self.how.check(names)
@@ -175,13 +175,13 @@ class Recipe(Section):
             if own and isinstance(entry, SuiteEntry):
                 entry = entry.model_copy(update={"include": own, "exclude": None})
             entries += [entry] if own else []
-        own = {"tasks": entries, "regime": Joint(), "mixing": self.mixing.among(tasks), **changes}
-        train = own.get("train", self.train)
+        update: dict[str, Any] = {"tasks": entries, "regime": Joint(), "mixing": self.mixing.among(tasks), **changes}
+        train: dict[str, Any] = update.get("train", self.train)
         metric = train.get("metric_for_best_model")
         if metric is not None and not any(f"{task}/" in metric for task in tasks):
             # The task that chooses the checkpoint is not in this stage.
-            own["train"] = {**train, "metric_for_best_model": AVERAGE}
-        return self.model_copy(update=own)
+            update["train"] = {**train, "metric_for_best_model": AVERAGE}
+        return self.model_copy(update=update)
 
     def task_weights(self) -> dict[str, float]:
         """Weight of each task in the loss."""

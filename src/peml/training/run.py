@@ -24,11 +24,11 @@ from peml.training.arguments import one_line
 from peml.training.data import Collator, TaskRows
 from peml.training.distillation import Distillation
 from peml.training.folder import RunFolder, write_text
-from peml.training.progress import RunLog, progress_bar
+from peml.training.progress import Patience, RunLog, progress_bar
 from peml.training.recipe import Recipe, load_recipe
 from peml.training.record import record_of
 from peml.training.regime import Joint
-from peml.training.trainer import MultiTaskTrainer, Patience
+from peml.training.trainer import MultiTaskTrainer
 from peml.training.workbench import Workbench, prepare
 
 

@@ -1,4 +1,4 @@
-"""The part of the trainer that runs a step task by task where a balance or the log wants it, and lets balances learn."""
+"""The part of the trainer that runs steps task by task where a balance or the log wants it, and lets balances learn."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peml.balance import Balance, CoBa
 from peml.config import PemlConfig
+from peml.mixing import MixtureSampler
 from peml.training.balancing import Balancer
 from peml.training.gradients import TaskGradients, rows_of
 from peml.training.loss import LossMeter
@@ -24,6 +25,7 @@ class BalancedSteps(Trainer):
     task_names: list[str]
     balance: Balance
     balancer: Balancer
+    sampler: MixtureSampler | None = None
     held_out: tuple[int, ...] = ()
     _meter: LossMeter
     _penalties: dict[str, Tensor]
@@ -74,7 +76,7 @@ class BalancedSteps(Trainer):
         """Numbers that the gradients of the tasks in a step are."""
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         trained = sum(p.numel() for p in self._trained())
-        return trained * min(len(self.task_names), rows)
+        return int(trained * min(len(self.task_names), rows))
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -108,7 +110,7 @@ class BalancedSteps(Trainer):
                 (penalty / self.accelerator.num_processes).backward()
                 self._gradients.collect(None)
         self._penalties = {name: term.detach() for name, term in terms.items()}
-        return penalty.detach()
+        return penalty.detach()  # type: ignore[no-any-return]
 
     def update_balance(self) -> None:
         """After the optimiser's step: let the balance learn from it."""
@@ -145,7 +147,8 @@ class BalancedSteps(Trainer):
         whole = self._get_num_items_in_batch(batches, self.args.device)
         if whole is None:  # no rows here, but elsewhere
             whole = self.accelerator.reduce(torch.zeros(len(self.task_names), dtype=torch.long).to(self.args.device))
-        return self._losses(tuple(batches), training=False) / whole.cpu().clamp_min(1)
+        counts: Tensor = whole.cpu().clamp_min(1)
+        return self._losses(tuple(batches), training=False) / counts
 
     # The state of a rule goes with that of the optimiser.
 
@@ -158,3 +161,21 @@ class BalancedSteps(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.balancer.load(checkpoint)
+
+
+class StepUpdates(TrainerCallback):
+    """Tells the sampler its epoch and the balance of each step, before a checkpoint is taken."""
+
+    def __init__(self, trainer: BalancedSteps) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Accelerate does not reach the sampler in a run that is resumed on several devices."""
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The optimiser has made its step."""
+        self.trainer.update_balance()

@@ -15,16 +15,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peml.balance import Balance, CoBa, Equal, per_sample
 from peml.errors import PemlError
 from peml.mixing import Mixing, MixtureSampler, held_out
-from peml.training.balancing import Balancer, BalanceUpdates
+from peml.training.balancing import Balancer
 from peml.training.data import Collator, TaskRows, call_of
 from peml.training.distillation import Distillation
 from peml.training.loss import LossMeter, balanced, by_task, row_counts, row_losses
-from peml.training.steps import BalancedSteps
+from peml.training.steps import BalancedSteps, StepUpdates
 from peml.tuner import PemlModel
 
 FINETUNE_FRACTION = 0.1
@@ -115,13 +115,13 @@ class MultiTaskTrainer(BalancedSteps):
         self.balancer = Balancer(
             self.balance, self.task_names, task_weights, args.seed, self._obstacle(config, distillation)
         )
-        self.add_callback(BalanceUpdates(self))
+        self.add_callback(StepUpdates(self))
         if isinstance(self.balance, CoBa):
             self.held_out = held_out(train_dataset.row_tasks, self.task_names, self.balance.rows, args.seed)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows: TaskRows = self.train_dataset
-        sampler = MixtureSampler(
+        self.sampler = MixtureSampler(
             rows.row_tasks,
             self.mixing,
             self.args.seed,
@@ -131,8 +131,9 @@ class MultiTaskTrainer(BalancedSteps):
         )
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         steps = self.args.max_steps
-        sampler.check(steps * batch if steps > 0 else math.ceil(self.args.num_train_epochs * len(sampler)))
-        return sampler
+        samples = steps * batch if steps > 0 else math.ceil(self.args.num_train_epochs * len(self.sampler))
+        self.sampler.check(samples)
+        return self.sampler
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """What the loss is divided by: losses or rows by task, over the micro-batches and devices of a step, `[T]`."""
@@ -250,18 +251,6 @@ class MultiTaskTrainer(BalancedSteps):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-class Patience(EarlyStoppingCallback):
-    """transformers' early stopping, which begins when a search is over."""
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
-    ) -> None:
-        """One evaluation more or less to wait."""
-        prompt = kwargs["model"].base_model.prompt
-        if not getattr(prompt, "searching", False):
-            super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
 class SearchSchedule(TrainerCallback):
