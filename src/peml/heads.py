@@ -144,22 +144,30 @@ class TaskHeads(nn.Module):
             self.hidden_weight = nn.Parameter(torch.empty(tasks, width, features).uniform_(-1, 1) / math.sqrt(features))
             self.hidden_bias = nn.Parameter(torch.zeros(tasks, width))
 
-    def forward(self, states: Tensor, mask: Tensor | None, ids: Tensor, second: Tensor | None = None) -> Tensor:
-        """`[B, C]` in fp32; classes that a row's task has not are -inf.
+    def features(self, states: Tensor, mask: Tensor | None, second: Tensor | None = None) -> Tensor:
+        """What the heads see, `[B, F]`.
 
         Shapes:
-            states `[B, S, D]`, mask `[B, S]` (1 on tokens that are no padding), ids `[B]` or `[1]`. With pairs apart
-            the second texts follow as further rows of states and mask, and `second` holds the rows of the first ones.
+            states `[B, S, D]`, mask `[B, S]` (1 on tokens that are no padding). With pairs apart second texts follow as
+            further rows of states and mask, and `second` holds the rows of the first ones.
         """
         text = pooled(states, mask, self.config.pooling).to(self.weight.dtype)
-        if self.config.pairs == "apart":
-            rows = len(text) if second is None else len(text) - len(second)
-            first = other = text[:rows]
-            if second is not None:
-                other = first.index_copy(0, second.to(first.device), text[rows:])
-            text = torch.cat([first, other, (first - other).abs(), first * other], dim=-1)
-        ids = ids.to(states.device)[: len(text)].expand(len(text))
-        text = F.dropout(text, self.config.dropout, self.training)
+        if self.config.pairs == "joined":
+            return text
+        rows = len(text) if second is None else len(text) - len(second)
+        first = other = text[:rows]
+        if second is not None:
+            other = first.index_copy(0, second.to(first.device), text[rows:])
+        return torch.cat([first, other, (first - other).abs(), first * other], dim=-1)
+
+    def forward(self, features: Tensor, ids: Tensor) -> Tensor:
+        """`[B, C]`, in the precision of the heads; classes that a row's task has not are -inf.
+
+        Shapes:
+            features `[B, F]`, ids `[B]` or `[1]`.
+        """
+        ids = ids.to(features.device)[: len(features)].expand(len(features))
+        text = F.dropout(features, self.config.dropout, self.training)
         if self.config.hidden:
             text = torch.tanh(torch.einsum("bd,bhd->bh", text, self.hidden_weight[ids]) + self.hidden_bias[ids])
             text = F.dropout(text, self.config.dropout, self.training)
@@ -235,11 +243,13 @@ class HeadsOutput(ModelOutput):
     Args:
         logits: `[B, C]`; classes that the task of a row has not are -inf, of a task that regresses the first is
             the value.
+        features: what the heads saw, `[B, F]`.
         last_hidden_state: `[B, S, D]`; with pairs apart, second texts are further rows.
         hidden_states, attentions: as transformers gives them.
     """
 
     logits: Tensor | None = None
+    features: Tensor | None = None
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -290,11 +300,13 @@ def answered(
         second: rows of the first texts of pairs whose second ones follow as further rows; None: there are none.
     """
     states = output[0]
-    logits = heads(states, mask, ids, second)
+    features = heads.features(states, mask, second)
+    logits = heads(features, ids)
     if isinstance(output, tuple):
         return logits, *output
     return HeadsOutput(
         logits=logits,
+        features=features,
         last_hidden_state=states,
         hidden_states=output.get("hidden_states"),
         attentions=output.get("attentions"),

@@ -55,6 +55,7 @@ def grow(
     stage = Stage(
         attach=lambda bench: _attached(bench, source, how),
         tasks=how.trained([task.name for task in recipe.build_tasks()]),
+        fresh=how.tasks,
     )
     return train(
         recipe,
