@@ -234,13 +234,21 @@ def open_run(path: str | Path) -> tuple[Workbench, PeftModel]:
     """
     folder = RunFolder.existing(path)
     bench = prepare(load_recipe(folder.recipe), training=False)
+    return bench, load_adapter(bench.model, folder).eval()
+
+
+def load_adapter(model: PreTrainedModel, folder: RunFolder, trainable: bool = False) -> PeftModel:
+    """The adapter of a run on its base model.
+
+    Raises:
+        PemlError: it does not fit the model, or is damaged.
+    """
     try:
-        model = PeftModel.from_pretrained(bench.model, str(folder.adapter))
+        return PeftModel.from_pretrained(model, str(folder.adapter), is_trainable=trainable)
     except PemlError:
         raise
     except Exception as error:  # a configuration that was edited fails anywhere in PEFT or torch
         raise PemlError(f"{folder.adapter} cannot be loaded ({one_line(error)}): train it again") from error
-    return bench, model.eval()
 
 
 def check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
