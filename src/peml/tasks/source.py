@@ -30,12 +30,14 @@ class Source(ABC):
         eval_fraction: share of the training rows that is held out for evaluation, drawn with `seed`, where
             the source has no evaluation rows of its own (then 0.1 unless given).
         seed: seed of these draws.
+        streaming: whether training rows are read as they are needed, because they are too many to be held.
     """
 
     limit_train: int | None = None
     limit_eval: int | None = None
     eval_fraction: float | None = None
     seed: int = 0
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""

@@ -17,7 +17,9 @@ from peml.tasks.encode_heads import encode_heads
 from peml.tasks.encode_seq2seq import encode_seq2seq
 from peml.tasks.example import Example
 
-ENCODE: Mapping[Form, Callable[[PreTrainedTokenizerBase, Sequence[Example], int], list[Encoded]]] = {
+Encode = Callable[[PreTrainedTokenizerBase, Sequence[Example], int], list[Encoded]]
+
+ENCODE: Mapping[Form, Encode] = {
     "causal": encode_all,
     "seq2seq": encode_seq2seq,
     "heads": encode_heads,
@@ -70,9 +72,11 @@ class TaskRows(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
+        return self._item(self.rows[index], self.row_tasks[index])
+
+    def _item(self, row: Encoded, task: int) -> dict[str, Any]:
         labels = row.labels if row.target is None else row.target
-        given = {"input_ids": row.input_ids, "labels": labels, "tasks": self.row_tasks[index]}
+        given = {"input_ids": row.input_ids, "labels": labels, "tasks": task}
         return given if row.token_type_ids is None else given | {"token_type_ids": row.token_type_ids}
 
     def digest(self) -> str:

@@ -71,6 +71,7 @@ class OwnEntry(Section):
         split: names of the training and evaluation splits of a Hub data set.
         kind: as in `peml.Task`; may be left out, for `generate`, where rows are as TRL has them.
         prompt, texts, choices, answer, labels, metrics, score, group, references, few_shot: as in `peml.Task`.
+        streaming: whether training rows are read as they are needed; evaluation rows, which must be apart, are held.
         chat: whether the prompt is asked as a user's turn of the model's chat template; None: as the recipe says.
     """
 
@@ -97,6 +98,7 @@ class OwnEntry(Section):
     max_new_tokens: int = Field(16, gt=0)
     length_normalization: bool = False
     chat: bool | None = None
+    streaming: bool = False
     weight: float = Field(1.0, gt=0)
 
     @model_validator(mode="after")
@@ -142,6 +144,7 @@ def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
             dataclasses.replace(t, few_shot=entry.few_shot, source=dataclasses.replace(t.source, **limits))
             for t in tasks
         ]
+    limits["streaming"] = entry.streaming
     path = str(Path(entry.path).expanduser())
     is_file = (Path(path).suffix.lower() in READERS or Path(path).is_file()) and not Path(path).is_dir()
     held_out = entry.eval_fraction

@@ -29,6 +29,7 @@ from peml.training.progress import Patience, RunLog, progress_bar
 from peml.training.recipe import Recipe, load_recipe
 from peml.training.record import record_of
 from peml.training.regime import Joint
+from peml.training.streaming import training_rows
 from peml.training.trainer import MultiTaskTrainer
 from peml.training.workbench import Workbench, prepare
 
@@ -75,13 +76,13 @@ def train(
             return folder
     with console.status("reading rows, loading the model"):
         bench = workbench or prepare(recipe, trained=stage.tasks)
-        rows = TaskRows.encode(bench.tokenizer, bench.train, bench.max_length, bench.form, list(bench.tasks))
+        rows = training_rows(bench)
         shortened = {"training": rows.truncated(), "evaluation": bench.check()}
         set_seed(recipe.seed)
         model = (stage.attach or (lambda bench: attach(bench.model, bench.config())))(bench)
         distillation = None if stage.begin is None else stage.begin(model)
     data = {
-        "rows": {n: [len(bench.train.get(n, ())), len(bench.eval[n])] for n in bench.tasks},
+        "rows": {n: [bench.rows_held(n), len(bench.eval[n])] for n in bench.tasks},
         "sha256": rows.digest(),
     }
     checkpoint = folder.last_checkpoint() if resume else None

@@ -25,6 +25,7 @@ from peml.training.data import Collator, TaskRows, call_of
 from peml.training.distillation import Distillation
 from peml.training.loss import LossMeter, balanced, by_task, row_counts, row_losses
 from peml.training.steps import BalancedSteps, StepUpdates
+from peml.training.streaming import StreamedRows
 from peml.tuner import PemlModel
 
 FINETUNE_FRACTION = 0.1
@@ -116,11 +117,14 @@ class MultiTaskTrainer(BalancedSteps):
             self.balance, self.task_names, task_weights, args.seed, self._obstacle(config, distillation)
         )
         self.add_callback(StepUpdates(self))
-        if isinstance(self.balance, CoBa):
+        if isinstance(self.balance, CoBa) and not isinstance(train_dataset, StreamedRows):
             self.held_out = held_out(train_dataset.row_tasks, self.task_names, self.balance.rows, args.seed)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows: TaskRows = self.train_dataset
+        if isinstance(rows, StreamedRows):
+            self.sampler = self._stream_sampler(rows)
+            return self.sampler
         self.sampler = MixtureSampler(
             rows.row_tasks,
             self.mixing,
@@ -134,6 +138,16 @@ class MultiTaskTrainer(BalancedSteps):
         samples = steps * batch if steps > 0 else math.ceil(self.args.num_train_epochs * len(self.sampler))
         self.sampler.check(samples)
         return self.sampler
+
+    def _stream_sampler(self, rows: StreamedRows) -> MixtureSampler:
+        args = self.args
+        if args.max_steps <= 0 or isinstance(self.balance, CoBa):
+            wrong = (
+                "balance: coba sets rows apart" if isinstance(self.balance, CoBa) else "train.max_steps is not given"
+            )
+            raise PemlError(f"tasks with streaming: true have no known number of rows, and {wrong}")
+        samples = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return rows.sampler(self.mixing, args.seed, args.train_batch_size, samples)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """What the loss is divided by: losses or rows by task, over the micro-batches and devices of a step, `[T]`."""

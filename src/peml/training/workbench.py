@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -33,6 +34,9 @@ from peml.tasks.encode_seq2seq import encode_seq2seq
 from peml.training.arguments import one_line
 from peml.training.recipe import Recipe
 
+SAMPLE = 1000
+"""Rows of a stream that are looked at before the training, for heads and the fingerprint of the data: our choice."""
+
 TOY_MODEL = "toy"
 """Name of the small model that lies in the package."""
 
@@ -42,7 +46,7 @@ class Workbench:
     """A base model with its tokeniser, and the rows of a recipe's tasks.
 
     Args:
-        train, eval: examples by task.
+        train, eval: examples by task; of a stream, the first training rows.
     """
 
     recipe: Recipe
@@ -61,6 +65,10 @@ class Workbench:
     def form(self) -> Form:
         """How the model answers."""
         return form_of(self.model)
+
+    def rows_held(self, name: str) -> int | None:
+        """How many training rows of a task there are; None: they are streamed."""
+        return None if self.tasks[name].source.streaming else len(self.train.get(name, ()))
 
     @property
     def pad_token_id(self) -> int:
@@ -158,7 +166,7 @@ def prepare(
     tasks = {task.name: task for task in recipe.build_tasks()}
     # Rows first: a typing error in a file should not wait for gigabytes of weights.
     wanted = (tasks if trained is None else trained) if training else ()
-    train = {name: tasks[name].examples("train") for name in wanted}
+    train = {name: _training(tasks[name]) for name in wanted}
     held_out = {name: task.examples("eval") for name, task in tasks.items()}
     tokenizer, model = load_base(recipe) if base is None else base
     if form_of(model) == "heads":
@@ -168,6 +176,11 @@ def prepare(
         empty = next((name for name, rows in held_out.items() if not rows), "?")
         raise PemlError(f"task {empty!r} has no rows to evaluate on: give it some or leave it out")
     return Workbench(recipe, tokenizer, model, tasks, train, held_out)
+
+
+def _training(task: Task) -> list[Example]:
+    """All rows, or the first of a stream."""
+    return list(islice(task.stream("train"), SAMPLE)) if task.source.streaming else task.examples("train")
 
 
 def load_base(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
