@@ -184,13 +184,9 @@ def main() -> None:
     text = "\n\n".join(["# Balances", how, *parts])
     (options.out / "balance.md").write_text(text + "\n", encoding="utf-8")
     machine = environment(1)
-    (options.out / "balance.json").write_text(
-        json.dumps(
-            {"environment": machine, "options": {k: str(v) for k, v in vars(options).items()}, **records}, indent=1
-        )
-        + "\n",
-        encoding="utf-8",
-    )
+    settings = {key: getattr(options, key) for key in ("seeds", "steps", "rows")}
+    record = {"environment": machine, "options": settings, **records}
+    (options.out / "balance.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(text)
 
 
