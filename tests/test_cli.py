@@ -126,7 +126,7 @@ def test_a_wrong_recipe_leaves_no_folder(peml, tmp_path: Path) -> None:  # type:
 
 def test_usage_errors_have_code_2(peml) -> None:  # type: ignore[no-untyped-def]
     code, _, errors = peml("train")
-    assert code == 2 and "Missing argument" in errors
+    assert code == 2 and "give a recipe" in errors
     code, _, errors = peml("trian")
     assert code == 2 and "No such command" in errors
 

@@ -11,6 +11,9 @@ import torch
 import yaml
 from peft import get_peft_model
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from tokenizers import processors
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
@@ -24,9 +27,10 @@ from peml.tasks.encode_seq2seq import encode_seq2seq, encode_seq2seq_choices
 from peml.training.data import Collator, TaskRows, call_of
 from peml.training.folder import RunFolder
 from peml.training.loss import balanced, by_task, row_counts, row_losses
+from peml.training.probing import probe_heads
 from peml.training.recipe import load_recipe
 from peml.training.run import open_run, train
-from peml.training.workbench import form_of
+from peml.training.workbench import form_of, prepare
 from workshop import recipe, rows, tiny_tokenizer
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -179,6 +183,36 @@ def test_a_recipe_trains_an_encoder_and_an_encoder_decoder(tmp_path: Path, kind:
         lengths = [len(row["text"]) for row in rows(60, seed=1)]
         assert config.heads.num_labels == (2, 2, 1)
         assert config.heads.means[2] == pytest.approx(sum(lengths) / 60)
+
+
+def test_heads_begin_as_regressions_on_what_the_encoder_says(tmp_path: Path) -> None:
+    path = settings(tmp_path, "bert", set={"adapter.r": 2, "heads.pairs": "joined"})
+    bench = prepare(load_recipe(path))
+    model = get_peft_model(bench.model, bench.config()).eval()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    probe_heads(model, bench, ["size", "count"])
+    for name, examples in bench.train.items():
+        rows = encode_heads(bench.tokenizer, examples, bench.max_length)
+        with torch.no_grad():
+            outputs = [model(input_ids=torch.tensor([row.input_ids]), tasks=name) for row in rows]
+        features = torch.cat([output.features for output in outputs]).double().numpy()
+        logits = torch.cat([output.logits for output in outputs]).double()
+        targets = [row.target for row in rows]
+        if name == "size":
+            fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.003, max_iter=300)).fit(features, targets)
+            wanted = torch.from_numpy(fitted.predict_log_proba(features))
+            torch.testing.assert_close(logits.log_softmax(1), wanted, rtol=1e-3, atol=1e-4)
+        elif name == "count":
+            fitted = make_pipeline(StandardScaler(), Ridge(1 / 0.003)).fit(features, targets)
+            wanted = torch.from_numpy(fitted.predict(features))
+            # Penalised in units of the scale, which moves nothing but the penalty's unit.
+            torch.testing.assert_close(logits[:, 0], wanted, rtol=1e-3, atol=1e-3)
+        else:
+            at = list(bench.tasks).index(name)
+            heads = model.base_model.heads
+            assert torch.equal(heads.weight[at], before["base_model.model.head_host.peml_head.default.weight"][at])
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert all("head_host" in name for name in changed)
 
 
 def test_heads_resume_bit_for_bit(tmp_path: Path) -> None:

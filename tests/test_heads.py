@@ -15,7 +15,7 @@ import peml
 import zoo
 from models import TASKS, adapt, assert_same, gradients, shake
 from peml import PemlError
-from peml.heads import Heads, pooled
+from peml.heads import Heads, apart, pooled
 from peml.inspection import inspect_folder
 
 LABELS = (3, 1, 2)
@@ -32,6 +32,7 @@ PROMPTS = {
 }
 ADAPTERS = {"none": None, "lora": peml.LoRA(r=2), "mtl": peml.MTLLoRA(r=2), "experts": peml.MoELoRA(r=2, num_experts=2)}
 ROWS = ["sst2", "rte", "cola", "rte"]
+NAMES = ("input_ids", "token_type_ids", "attention_mask")
 
 
 def encoder() -> PreTrainedModel:
@@ -58,17 +59,24 @@ def batch() -> dict[str, Tensor]:
     return {"input_ids": torch.randint(2, 60, (4, 6)), "attention_mask": mask, "token_type_ids": types}
 
 
-def by_loop(model: PeftModel, states: Tensor, mask: Tensor, tasks: list[str], heads: Heads) -> list[Tensor]:
-    """One row after the other, with the task's own weights cut out."""
+def by_loop(model: PeftModel, given: dict[str, Tensor], tasks: list[str], heads: Heads) -> list[Tensor]:
+    """One row after the other, each text by itself, with the task's own weights cut out."""
     own, answers = model.base_model.heads, []
-    for row, kept, name in zip(states, mask.bool(), tasks, strict=True):
-        t = TASKS.index(name)
-        words = row[kept]
-        if heads.pooling == "pair":
-            a, b = words[:2].mean(0), words[2:].mean(0) if len(words) > 2 else words.mean(0)
-            text = torch.cat([a, b, (a - b).abs(), a * b])
-        else:
-            text = {"mean": words.mean(0), "first": words[0], "last": words[-1]}[heads.pooling]
+    for ids, types, mask, name in zip(*(given[key] for key in NAMES), tasks, strict=True):
+        ids, types = ids[mask.bool()], types[mask.bool()]
+        texts = [(ids, types)]
+        if heads.pairs == "apart":
+            second = torch.cat([ids[:1], ids[types == 1]])
+            texts = [(part, torch.zeros_like(part)) for part in (ids[types == 0], second if len(second) > 1 else ids)]
+        vectors = []
+        for text, kinds in texts:
+            words = model(input_ids=text[None], token_type_ids=kinds[None], tasks=name).last_hidden_state[0]
+            vector = {"mean": words.mean(0), "first": words[0], "last": words[-1]}[heads.pooling]
+            vectors.append(vector / vector.square().mean().sqrt())
+        if heads.pairs == "apart":
+            a, b = vectors
+            vectors = [a, b, (a - b).abs(), a * b]
+        t, text = TASKS.index(name), torch.cat(vectors)
         if heads.hidden:
             text = torch.tanh(own.hidden_weight[t] @ text + own.hidden_bias[t])
         logits = own.weight[t, : heads.num_labels[t]] @ text + own.bias[t, : heads.num_labels[t]]
@@ -76,32 +84,33 @@ def by_loop(model: PeftModel, states: Tensor, mask: Tensor, tasks: list[str], he
     return answers
 
 
-@pytest.mark.parametrize("pooling", ["mean", "first", "last", "pair"])
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+@pytest.mark.parametrize("pairs", ["joined", "apart"])
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("prompt", ["none", "prefix", "soft"])
-def test_heads_equal_a_loop_over_rows_in_outputs_and_gradients(pooling: str, hidden: bool, prompt: str) -> None:
-    heads = Heads(LABELS, pooling, hidden, 0.0, HEADS.means, HEADS.scales)  # type: ignore[arg-type]
+def test_heads_equal_a_loop_over_rows_in_outputs_and_gradients(
+    pooling: str, pairs: str, hidden: bool, prompt: str
+) -> None:
+    heads = Heads(LABELS, pooling, pairs, hidden, 0.0, HEADS.means, HEADS.scales)  # type: ignore[arg-type]
     model, given = built("mtl", prompt, heads), batch()
-    output = model(**given, tasks=ROWS)
-    wanted = by_loop(model, output.last_hidden_state, given["attention_mask"], ROWS, heads)
+    output, wanted = model(**given, tasks=ROWS), by_loop(model, given, ROWS, heads)
     for row, answer, name in zip(output.logits, wanted, ROWS, strict=True):
         count = LABELS[TASKS.index(name)]
-        torch.testing.assert_close(row[:count], answer)
+        torch.testing.assert_close(row[:count], answer, rtol=1e-9, atol=1e-9)
         assert bool((row[count:] == -math.inf).all())
     sum((row[: len(a)] ** 2).sum() for row, a in zip(output.logits, wanted, strict=True)).backward()
     found = gradients(model)
-    model.zero_grad()
-    output = model(**given, tasks=ROWS)
-    again = by_loop(model, output.last_hidden_state, given["attention_mask"], ROWS, heads)
-    sum((a**2).sum() for a in again).backward()
+    sum((a**2).sum() for a in wanted).backward()
     assert_same(found, gradients(model))
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("pairs", ["joined", "apart"])
 @torch.no_grad()
-def test_a_mixed_batch_equals_its_tasks_and_its_rows_one_by_one(adapter: str, prompt: str) -> None:
-    model, given = built(adapter, prompt), batch()
+def test_a_mixed_batch_equals_its_tasks_and_its_rows_one_by_one(adapter: str, prompt: str, pairs: str) -> None:
+    heads = Heads(LABELS, pairs=pairs, dropout=0.0, means=HEADS.means, scales=HEADS.scales)  # type: ignore[arg-type]
+    model, given = built(adapter, prompt, heads), batch()
     mixed = model(**given, tasks=ROWS).logits
     for i, name in enumerate(ROWS):
         length = int(given["attention_mask"][i].sum())
@@ -169,10 +178,10 @@ def test_saved_and_loaded_heads_are_the_same_bit_for_bit(tmp_path: Path, prompt:
     assert inspect_folder(tmp_path / "adapter").parameters["heads"] == count == HEADS.num_parameters(24)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "pair"])
+@pytest.mark.parametrize("pairs", ["joined", "apart"])
 @pytest.mark.parametrize("hidden", [False, True])
-def test_the_number_of_parameters_is_that_of_the_formula(hidden: bool, pooling: str) -> None:
-    heads = Heads(LABELS, pooling, hidden)  # type: ignore[arg-type]
+def test_the_number_of_parameters_is_that_of_the_formula(hidden: bool, pairs: str) -> None:
+    heads = Heads(LABELS, pairs=pairs, hidden=hidden)  # type: ignore[arg-type]
     assert sum(p.numel() for p in heads.build(24).parameters()) == heads.num_parameters(24)
 
 
@@ -232,8 +241,8 @@ def test_what_heads_cannot_do_is_said() -> None:
     model, given = built("lora"), batch()
     with pytest.raises(PemlError, match="has a head per task: pass tasks= with one of rte, sst2, cola"):
         model(**given)
-    pair = built("lora", heads=Heads(LABELS, "pair"))
-    with pytest.raises(PemlError, match="tells two texts apart by token_type_ids"):
+    pair = built("lora", heads=Heads(LABELS, pairs="apart"))
+    with pytest.raises(PemlError, match="wants input_ids= and token_type_ids="):
         pair(input_ids=given["input_ids"], tasks="rte")
     with pytest.raises(PemlError, match="unknown task 'mnli'"):
         model(**given, tasks="mnli")
@@ -251,7 +260,7 @@ def test_what_heads_cannot_do_is_said() -> None:
     ):
         with pytest.raises(PemlError, match=message):
             adapt(encoder(), adapter=peml.LoRA(r=2), heads=heads)
-    with pytest.raises(PemlError, match="heads.pooling must be mean or first or last or pair, not 'max'"):
+    with pytest.raises(PemlError, match="heads.pooling must be mean or first or last, not 'max'"):
         peml.PemlConfig(task_names=["a"], heads=Heads((2,), pooling="max"))  # type: ignore[arg-type]
 
 
@@ -275,9 +284,22 @@ def test_a_decoder_is_read_at_its_last_token_whichever_side_is_padded() -> None:
 
 def test_pooling_of_a_text_without_padding() -> None:
     states = torch.randn(2, 3, 4)
-    torch.testing.assert_close(pooled(states, None, "mean"), states.mean(1))
-    assert torch.equal(pooled(states, None, "first"), states[:, 0])
-    assert torch.equal(pooled(states, None, "last"), states[:, 2])
+    for pooling, wanted in (("mean", states.mean(1)), ("first", states[:, 0]), ("last", states[:, 2])):
+        size = wanted.square().mean(-1, keepdim=True).sqrt()
+        torch.testing.assert_close(pooled(states, None, pooling), wanted / size)  # type: ignore[arg-type]
+
+
+def test_texts_are_taken_apart_whichever_side_is_padded_and_where_no_row_is_a_pair() -> None:
+    ids = torch.tensor([[5, 6, 7, 8, 0, 0], [0, 0, 0, 5, 9, 4], [5, 1, 2, 3, 4, 8]])
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    types = torch.tensor([[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]])
+    call, pairs = apart({"input_ids": ids, "attention_mask": mask, "token_type_ids": types})
+    assert pairs.tolist() == [0, 1]
+    texts = [row[kept.bool()].tolist() for row, kept in zip(call["input_ids"], call["attention_mask"], strict=True)]
+    assert texts == [[5, 6], [5, 9], [5, 1, 2, 3, 4, 8], [5, 7, 8], [5, 4]]
+    assert not bool(call["token_type_ids"].any())
+    call, pairs = apart({"input_ids": ids[2:], "token_type_ids": types[2:]})
+    assert len(pairs) == 0 and torch.equal(call["input_ids"], ids[2:])
 
 
 def test_dropout_is_drawn_in_training_alone() -> None:

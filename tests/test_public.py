@@ -15,6 +15,7 @@ NAMES = [
     "Attempt",
     "CGCLoRA",
     "CPoly",
+    "Heads",
     "HydraLoRA",
     "LoRA",
     "MTLLoRA",

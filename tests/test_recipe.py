@@ -88,7 +88,7 @@ def task(index: int = 0, drop: str | None = None, **changes: Any) -> Callable[[d
         (change(set={"adapter.r": "four"}), r"set.adapter.r must be a whole number, not 'four'"),
         (change(set={"adapter.r": 0}), r"adapter.r must be above 0, not 0"),
         (change(method="lora"), r"set.prompt.\w+ does not apply: method 'lora' has no prompt"),
-        (change(set={"rank": 4}), r"set.rank is unknown: write adapter.NAME, prompt.NAME, or one of "),
+        (change(set={"rank": 4}), r"set.rank is unknown: write adapter.NAME, prompt.NAME, heads.NAME, or one of "),
         (
             change(mixing={"by": "size"}),
             r"mixing.by: input should be 'proportional', 'temperature', 'equal', 'weights', 'fixed_ratio' or 'subset'",

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from peml.attached import HEADS, Attached
 from peml.errors import PemlError
-from peml.heads import HeadHost, TaskHeads, answered
-from peml.routing import Forward
+from peml.heads import HeadHost, TaskHeads, answered, apart
+from peml.routing import Forward, Route, Tasks
 
 
 class Answering(Attached):
     """Adds heads, and lets them answer."""
+
+    def _route(self, tasks: Tasks | None, rows: int | None = None) -> Route | None:
+        raise NotImplementedError
 
     def _check_headless(self) -> None:
         """Refuse a model that answers by itself, or reads a text twice.
@@ -66,7 +69,7 @@ class Answering(Attached):
         host = self._head_host()
         return None if host is None else host.active()
 
-    def answer(self, forward: Forward, output: Any, mask: Tensor | None, segments: Tensor | None) -> Any:
+    def answer(self, forward: Forward, output: Any, mask: Tensor | None) -> Any:
         """A model's output, with the logits of the heads if there are any."""
         heads = self._head()
         if heads is None or forward.route is None:
@@ -74,7 +77,25 @@ class Answering(Attached):
         if forward.route.per_token:
             raise PemlError("a head answers for a whole row: give one task per row, not one per token")
         rows = output[0].shape[0]
-        return answered(heads, output, mask, forward.route.rows(rows, output[0].device), segments)
+        return answered(heads, output, mask, forward.route.rows(rows, output[0].device), forward.second)
+
+    def split_pairs(
+        self, call: dict[str, Any], tasks: Tasks | None
+    ) -> tuple[dict[str, Any], Tasks | None, Tensor | None]:
+        """A call and its tasks with the second text of every pair in a row of its own, if heads want them apart.
+
+        Returns:
+            The call, its tasks, and the rows that are pairs; None: nothing is taken apart.
+        """
+        heads = self._head()
+        if heads is None or heads.config.pairs != "apart":
+            return call, tasks, None
+        route = self._route(tasks, None)
+        call, pairs = apart(call)
+        if route is not None and route.ids.shape[0] > 1 and not route.per_token:
+            ids = route.ids.tolist()
+            tasks = ids + [ids[row] for row in pairs.tolist()]
+        return call, tasks, pairs
 
     def _grow_heads(self, num_labels: int, scale: tuple[float, float]) -> None:
         """One more head, behind the others."""

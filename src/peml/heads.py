@@ -18,7 +18,8 @@ from transformers.utils import ModelOutput
 
 from peml.errors import PemlError
 
-Pooling = Literal["mean", "first", "last", "pair"]
+Pooling = Literal["mean", "first", "last"]
+Pairs = Literal["joined", "apart"]
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,11 @@ class Heads:
 
     Args:
         num_labels: classes of each task, in the order of the tasks; 1: a number.
-        pooling: what of the text a head sees: the `mean` of its tokens, the `first` or the `last` one, or of a `pair`
-            the means a and b of both texts as (a, b, |a - b|, a b), which is what models of sentences are compared by
-            (arXiv:1908.10084, section 3); a single text is a pair with itself.
+        pooling: what of a text a head sees: the `mean` of its tokens, the `first` or the `last` one, scaled to
+            numbers of size 1 so that one learning rate serves all encoders (our choice).
+        pairs: `joined`: the encoder reads both texts of a pair at once, as BERT does. `apart`: each by itself, and the
+            head sees (a, b, |a - b|, a b) of what both are pooled to (arXiv:1908.10084, section 3), which is better
+            for encoders that were trained to compare sentences; a single text is a pair with itself.
         hidden: whether each task has a layer of the encoder's width and a tanh in front, as RoBERTa's classifier has.
         dropout: on what a head sees, while training.
         means, scales: of the values of each task that regresses; losses are in units of the scale, so that they
@@ -42,6 +45,7 @@ class Heads:
 
     num_labels: tuple[int, ...] = ()
     pooling: Pooling = "mean"
+    pairs: Pairs = "joined"
     hidden: bool = False
     dropout: float = 0.1
     means: tuple[float, ...] = ()
@@ -69,7 +73,7 @@ class Heads:
         return TaskHeads(self, width)
 
     def num_parameters(self, width: int) -> int:
-        """T C (F + 1) with F = D features, or 4 D of a pair; with `hidden` T C (D + 1) + T D (F + 1)."""
+        """T C (F + 1) with F = D features, or 4 D with pairs apart; with `hidden` T C (D + 1) + T D (F + 1)."""
         tasks, classes, features = len(self.num_labels), max(self.num_labels), self.num_features(width)
         if self.hidden:
             return tasks * classes * (width + 1) + tasks * width * (features + 1)
@@ -77,7 +81,7 @@ class Heads:
 
     def num_features(self, width: int) -> int:
         """Numbers that a head sees."""
-        return 4 * width if self.pooling == "pair" else width
+        return 4 * width if self.pairs == "apart" else width
 
     def grown(self, num_labels: int, mean: float = 0.0, scale: float = 1.0) -> Heads:
         """The same with one more task."""
@@ -140,16 +144,30 @@ class TaskHeads(nn.Module):
             self.hidden_weight = nn.Parameter(torch.empty(tasks, width, features).uniform_(-1, 1) / math.sqrt(features))
             self.hidden_bias = nn.Parameter(torch.zeros(tasks, width))
 
-    def forward(self, states: Tensor, mask: Tensor | None, ids: Tensor, segments: Tensor | None = None) -> Tensor:
-        """`[B, C]` in fp32; classes that a row's task has not are -inf.
+    def features(self, states: Tensor, mask: Tensor | None, second: Tensor | None = None) -> Tensor:
+        """What the heads see, `[B, F]`.
 
         Shapes:
-            states `[B, S, D]`, mask `[B, S]` (1 on tokens that are no padding), ids `[B]` or `[1]`, segments `[B, S]`
-            (1 on tokens of the second text).
+            states `[B, S, D]`, mask `[B, S]` (1 on tokens that are no padding). With pairs apart second texts follow as
+            further rows of states and mask, and `second` holds the rows of the first ones.
         """
-        ids = ids.to(states.device).expand(len(states))
-        text = pooled(states, mask, self.config.pooling, segments).to(self.weight.dtype)
-        text = F.dropout(text, self.config.dropout, self.training)
+        text = pooled(states, mask, self.config.pooling).to(self.weight.dtype)
+        if self.config.pairs == "joined":
+            return text
+        rows = len(text) if second is None else len(text) - len(second)
+        first = other = text[:rows]
+        if second is not None:
+            other = first.index_copy(0, second.to(first.device), text[rows:])
+        return torch.cat([first, other, (first - other).abs(), first * other], dim=-1)
+
+    def forward(self, features: Tensor, ids: Tensor) -> Tensor:
+        """`[B, C]`, in the precision of the heads; classes that a row's task has not are -inf.
+
+        Shapes:
+            features `[B, F]`, ids `[B]` or `[1]`.
+        """
+        ids = ids.to(features.device)[: len(features)].expand(len(features))
+        text = F.dropout(features, self.config.dropout, self.training)
         if self.config.hidden:
             text = torch.tanh(torch.einsum("bd,bhd->bh", text, self.hidden_weight[ids]) + self.hidden_bias[ids])
             text = F.dropout(text, self.config.dropout, self.training)
@@ -160,32 +178,62 @@ class TaskHeads(nn.Module):
         return logits.masked_fill(beyond, -math.inf)
 
 
-def pooled(states: Tensor, mask: Tensor | None, pooling: Pooling, segments: Tensor | None = None) -> Tensor:
-    """One vector per row, `[B, F]`, from states `[B, S, D]`, mask and segments `[B, S]`.
-
-    Raises:
-        PemlError: pairs are wanted, and nothing tells the two texts apart.
-    """
+def pooled(states: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
+    """One vector per row, `[B, D]`, of mean square 1, from states `[B, S, D]` and mask `[B, S]`."""
     if mask is None:
         mask = torch.ones(states.shape[:2], device=states.device)
     mask = mask.to(states.device, states.dtype)
     if pooling == "mean":
-        return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-    if pooling == "pair":
-        if segments is None:
-            raise PemlError(
-                'heads.pooling "pair" tells two texts apart by token_type_ids, which this call or model has not: '
-                'use "mean"'
-            )
-        second = mask * segments.to(mask)
-        first, alone = mask - second, second.sum(1, keepdim=True) == 0
-        a, b = ((states * part[..., None]).sum(1) / part.sum(1, keepdim=True).clamp_min(1) for part in (first, second))
-        b = torch.where(alone, a, b)
-        return torch.cat([a, b, (a - b).abs(), a * b], dim=-1)
-    # Padding may be on either side.
-    places = torch.arange(states.shape[1], device=states.device) * mask
-    chosen = mask.argmax(1) if pooling == "first" else places.argmax(1)
-    return states[torch.arange(len(states), device=states.device), chosen]
+        chosen = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    else:
+        # Padding may be on either side.
+        places = torch.arange(states.shape[1], device=states.device) * mask
+        at = mask.argmax(1) if pooling == "first" else places.argmax(1)
+        chosen = states[torch.arange(len(states), device=states.device), at]
+    return F.rms_norm(chosen, chosen.shape[-1:])
+
+
+def apart(call: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """The arguments of a call with the second text of every pair in a row of its own, behind all first ones.
+
+    Args:
+        call: with pairs as a tokenizer joins them, told apart by `token_type_ids`; what goes into the model.
+
+    Returns:
+        The call, and the rows that are pairs, `[P]`. Each text begins with the row's first token.
+
+    Raises:
+        PemlError: nothing tells the texts apart, or the call is not by token ids.
+    """
+    ids, types, mask = (call.get(key) for key in ("input_ids", "token_type_ids", "attention_mask"))
+    if ids is None or types is None:
+        raise PemlError(
+            'heads.pairs "apart" wants input_ids= and token_type_ids=, which tells the two texts of a pair apart; this '
+            'call, or model, has not both: use "joined"'
+        )
+    mask = torch.ones_like(ids) if mask is None else mask
+    later = (mask * types).bool()
+    pairs = later.any(1).nonzero()[:, 0]
+    first, first_mask = _moved_left(ids, mask.bool() & ~later)
+    # Padding may be on the left.
+    begin = ids.gather(1, mask.argmax(1, keepdim=True))[pairs]
+    second, second_mask = _moved_left(ids[pairs], later[pairs])
+    second, second_mask = torch.cat([begin, second], 1), torch.cat([torch.ones_like(begin), second_mask], 1)
+    rows = [
+        F.pad(part, (0, max(first.shape[1], second.shape[1]) - part.shape[1]))
+        for part in (first, second, first_mask, second_mask)
+    ]
+    ids, mask = torch.cat(rows[:2]), torch.cat(rows[2:])
+    return call | {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}, pairs
+
+
+def _moved_left(ids: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens that are kept, at the beginning of their rows, and their mask."""
+    lengths = kept.sum(1, keepdim=True)
+    width = int(lengths.max()) if len(ids) else 0
+    order = (~kept).long().argsort(dim=1, stable=True)[:, :width]
+    mask = torch.arange(width, device=ids.device) < lengths
+    return ids.gather(1, order) * mask, mask.long()
 
 
 @dataclass
@@ -195,11 +243,13 @@ class HeadsOutput(ModelOutput):
     Args:
         logits: `[B, C]`; classes that the task of a row has not are -inf, of a task that regresses the first is
             the value.
-        last_hidden_state: `[B, S, D]`.
+        features: what the heads saw, `[B, F]`.
+        last_hidden_state: `[B, S, D]`; with pairs apart, second texts are further rows.
         hidden_states, attentions: as transformers gives them.
     """
 
     logits: Tensor | None = None
+    features: Tensor | None = None
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -238,7 +288,7 @@ class HeadHost(nn.Module, BaseTunerLayer):
 
 
 def answered(
-    heads: TaskHeads, output: Any, mask: Tensor | None, ids: Tensor, segments: Tensor | None = None
+    heads: TaskHeads, output: Any, mask: Tensor | None, ids: Tensor, second: Tensor | None = None
 ) -> HeadsOutput | tuple[Any, ...]:
     """A model's output with the logits of the heads.
 
@@ -247,14 +297,16 @@ def answered(
         output: of the encoder, `ModelOutput` or tuple.
         mask: `[B, S]`, or None.
         ids: of the tasks, `[B]` or `[1]`.
-        segments: `[B, S]`, or None.
+        second: rows of the first texts of pairs whose second ones follow as further rows; None: there are none.
     """
     states = output[0]
-    logits = heads(states, mask, ids, segments)
+    features = heads.features(states, mask, second)
+    logits = heads(features, ids)
     if isinstance(output, tuple):
         return logits, *output
     return HeadsOutput(
         logits=logits,
+        features=features,
         last_hidden_state=states,
         hidden_states=output.get("hidden_states"),
         attentions=output.get("attentions"),

@@ -47,8 +47,13 @@ class Opener(Protocol):
     def reads_input(self) -> bool:
         """Whether every row has a prompt of its own, made from its text."""
 
-    def answer(self, forward: Forward, output: Any, mask: Tensor | None, segments: Tensor | None) -> Any:
+    def answer(self, forward: Forward, output: Any, mask: Tensor | None) -> Any:
         """A model's output, with the logits of the heads if there are any."""
+
+    def split_pairs(
+        self, call: dict[str, Any], tasks: Tasks | None
+    ) -> tuple[dict[str, Any], Tasks | None, Tensor | None]:
+        """A call and its tasks with the second text of every pair in a row of its own, if heads want them apart."""
 
 
 _REPLACED = ("generate", "generate_batch", "init_continuous_batching")
@@ -89,6 +94,10 @@ class ForwardHooks:
         """Take `tasks=` from the call and open its `Forward`, unless `generate` has opened one around it."""
         tasks, input_mask = kwargs.pop("tasks", None), kwargs.pop("input_mask", None)
         input_mask = None if input_mask is None else torch.as_tensor(input_mask)
+        named = dict(zip(self.arguments, args, strict=False)) | kwargs
+        call, tasks, second = self.opener.split_pairs(named, tasks)
+        if second is not None:
+            args, kwargs = (), call
         # Before anything is computed: soft tokens are run through the attention as well.
         attention.engage(module)
         forward, rows = routing.surrounding(module, self.opener.adapter_in_force), self._rows(args, kwargs)
@@ -109,7 +118,7 @@ class ForwardHooks:
             else:
                 kwargs = attention.lengthened(self.model, kwargs, forward.front)
                 forward = replace(forward, mask=kwargs["attention_mask"])
-        routing.enter(replace(forward, rows=rows, lengths=lengths, handed={}))
+        routing.enter(replace(forward, rows=rows, lengths=lengths, handed={}, second=second))
         if module.training:
             routing.bind_checkpointing(module)
         if forward.prefix:
@@ -137,9 +146,7 @@ class ForwardHooks:
             if forward.front is not None and not self._encodes_first():
                 length, classes = kwargs["inputs_embeds"].shape[1], getattr(self.model.config, "num_labels", None)
                 output = attention.shortened(output, length, forward.front.shape[1], classes)
-            segments = self._argument("token_type_ids", args, kwargs)
-            own = (self._of_text(forward, part) for part in (self._mask(args, kwargs), segments))
-            output = self.opener.answer(forward, output, *own)
+            output = self.opener.answer(forward, output, self._text_mask(forward, args, kwargs))
         routing.leave(module)
         return output
 
@@ -252,11 +259,12 @@ class ForwardHooks:
             return None  # it is the encoder's, and half of the layers read something else
         return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
-    def _of_text(self, forward: Forward, given: Tensor | None) -> Tensor | None:
-        """What has a place per token, without soft tokens behind the first."""
-        if given is None or forward.front is None:
-            return given
-        return torch.cat([given[:, :1], given[:, 1 + forward.front.shape[1] :]], dim=1)
+    def _text_mask(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Which tokens of the text are no padding, without soft tokens behind the first."""
+        mask = self._mask(args, kwargs)
+        if mask is None or forward.front is None:
+            return mask
+        return torch.cat([mask[:, :1], mask[:, 1 + forward.front.shape[1] :]], dim=1)
 
     def _text(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], input_mask: Tensor | None

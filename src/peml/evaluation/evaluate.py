@@ -11,9 +11,10 @@ from peml.errors import PemlError
 from peml.evaluation.heads import head_answers
 from peml.evaluation.scoring import ENCODE_CHOICES, Advance, best_choice, generate_answers, log_likelihoods
 from peml.tasks.encode import IGNORED, Form
+from peml.tasks.example import Example
 from peml.tasks.metrics import Answers, compute
 from peml.tasks.suites import SUITES
-from peml.tasks.task import Example, Task
+from peml.tasks.task import Task
 
 
 def evaluate_tasks(

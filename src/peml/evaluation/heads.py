@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from peml.attention import evaluating
 from peml.evaluation.scoring import Advance, _batches, _pad_id, _padded
 from peml.tasks.encode_heads import encode_heads
-from peml.tasks.task import Example
+from peml.tasks.example import Example
 
 
 def head_answers(

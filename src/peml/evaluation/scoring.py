@@ -18,7 +18,7 @@ from peml.attention import evaluating
 from peml.errors import PemlError
 from peml.tasks.encode import IGNORED, Encoded, Form, encode_choices, encode_prompts, end_ids
 from peml.tasks.encode_seq2seq import encode_seq2seq, encode_seq2seq_choices
-from peml.tasks.task import Example
+from peml.tasks.example import Example
 
 ENCODE_CHOICES: Mapping[Form, Callable[..., list[list[Encoded]]]] = {
     "causal": encode_choices,

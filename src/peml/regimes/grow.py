@@ -10,11 +10,10 @@ from peft import PeftModel
 from rich.console import Console
 
 from peml.errors import PemlError
-from peml.training.arguments import one_line
 from peml.training.folder import RunFolder
 from peml.training.recipe import Recipe, load_recipe, read_yaml, validated
 from peml.training.regime import Grow
-from peml.training.run import Stage, train
+from peml.training.run import Stage, load_adapter, train
 from peml.training.workbench import Workbench
 from peml.tuner import PemlModel
 
@@ -55,6 +54,7 @@ def grow(
     stage = Stage(
         attach=lambda bench: _attached(bench, source, how),
         tasks=how.trained([task.name for task in recipe.build_tasks()]),
+        fresh=how.tasks,
     )
     return train(
         recipe,
@@ -70,12 +70,7 @@ def grow(
 def _attached(bench: Workbench, source: RunFolder, how: Grow) -> PeftModel:
     """The base model with the run's adapter, one task larger for each new one."""
     wanted = bench.config().heads
-    try:
-        model = PeftModel.from_pretrained(bench.model, str(source.adapter), is_trainable=True)
-    except PemlError:
-        raise
-    except Exception as error:  # a configuration that was edited fails anywhere in PEFT or torch
-        raise PemlError(f"{source.adapter} cannot be loaded ({one_line(error)}): train it again") from error
+    model = load_adapter(bench.model, source, trainable=True)
     tuner = cast("PemlModel", model.base_model)
     config = tuner.config_in_force
     assert config is not None

@@ -17,8 +17,8 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from peml.errors import PemlError
+from peml.tasks.example import Example
 from peml.tasks.script import Script, count_tokens, script, tokenize, with_fewer_shots
-from peml.tasks.task import Example
 
 IGNORED = -100
 """The label of positions without a loss, as PyTorch and transformers have it."""

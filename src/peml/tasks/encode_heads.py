@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from peml.errors import PemlError
 from peml.tasks.encode import Encoded
-from peml.tasks.task import Example, Task
+from peml.tasks.example import Example
+from peml.tasks.task import Task
 
 
 def check_heads(task: Task) -> None:

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from peml.errors import PemlError
 from peml.tasks.encode import Encoded, _special_ids
+from peml.tasks.example import Example
 from peml.tasks.script import script, tokenize, with_fewer_shots
-from peml.tasks.task import Example
 
 
 def encode_seq2seq(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int) -> list[Encoded]:

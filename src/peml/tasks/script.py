@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peml.errors import PemlError
 from peml.tasks.conversation import Turns
-from peml.tasks.task import Example
+from peml.tasks.example import Example
 
 PROBE = "Qzx7Answer7xzQ"
 """Stands in for the answer while the chat template is asked what it puts around one."""

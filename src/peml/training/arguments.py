@@ -23,6 +23,7 @@ OWN: Mapping[str, Any] = {
     "task_prompt_learning_rate": float | None,
     "architecture_learning_rate": float | None,
     "head_learning_rate": float | None,
+    "probe_rows": int,
     "finetune_fraction": float,
     "early_stopping_patience": int | None,
     "early_stopping_threshold": float,
@@ -40,6 +41,7 @@ DEFAULTS: Mapping[str, Any] = {
     "seed": 0,
     "dtype": "auto",
     "finetune_fraction": 0.1,
+    "probe_rows": 1000,
     "early_stopping_threshold": 0.0,
 }
 
@@ -55,6 +57,7 @@ _AT_LEAST: Mapping[str, float] = {
     "task_prompt_learning_rate": 0,
     "architecture_learning_rate": 0,
     "head_learning_rate": 0,
+    "probe_rows": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
     "finetune_fraction": 0,

@@ -17,8 +17,8 @@ from peml.errors import PemlError
 from peml.evaluation.evaluate import measure as score
 from peml.tasks import Example, Split, Task
 from peml.tasks.encode_heads import check_heads
+from peml.tasks.example import after
 from peml.tasks.files import Row
-from peml.tasks.task import after
 from peml.training.lengths import Lengths, Reader, load_reader, measure
 from peml.training.recipe import Recipe, load_recipe
 

@@ -15,7 +15,7 @@ from peml.errors import PemlError
 from peml.tasks.encode import IGNORED, Encoded, Form, encode_all
 from peml.tasks.encode_heads import encode_heads
 from peml.tasks.encode_seq2seq import encode_seq2seq
-from peml.tasks.task import Example
+from peml.tasks.example import Example
 
 ENCODE: Mapping[Form, Callable[[PreTrainedTokenizerBase, Sequence[Example], int], list[Encoded]]] = {
     "causal": encode_all,

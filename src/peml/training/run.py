@@ -15,7 +15,7 @@ import yaml
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from peml.config import PemlConfig
@@ -24,6 +24,7 @@ from peml.training.arguments import one_line
 from peml.training.data import Collator, TaskRows
 from peml.training.distillation import Distillation
 from peml.training.folder import RunFolder, write_text
+from peml.training.probing import probe_heads
 from peml.training.progress import Patience, RunLog, progress_bar
 from peml.training.recipe import Recipe, load_recipe
 from peml.training.record import record_of
@@ -111,6 +112,8 @@ def train(
         if main:
             folder.write_json(folder.metrics, metrics)
         begun = time.perf_counter()
+        if checkpoint is None and bench.form == "heads":
+            probe_heads(model, bench, bench.tasks if stage.fresh is None else stage.fresh)
         if checkpoint is not None and trainer.has_ended(checkpoint):
             trainer.finish_from(checkpoint)
         else:
@@ -140,6 +143,7 @@ class Stage:
         end: called with the trained adapter.
         attach: makes the adapter; None: a fresh one, as the recipe says.
         tasks: whose rows are trained on; None: all.
+        fresh: those that have learnt nothing yet; None: all.
         record: for `metrics.json`.
     """
 
@@ -148,6 +152,7 @@ class Stage:
     end: Callable[[PeftModel], None] | None = None
     attach: Callable[[Workbench], PeftModel] | None = None
     tasks: list[str] | None = None
+    fresh: list[str] | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -195,7 +200,7 @@ def _trainer(
             finetune_fraction=recipe.setting("finetune_fraction"),
             distillation=distillation,
             evaluate_tasks=bench.evaluate,
-            data_collator=Collator(_pad_token(bench.tokenizer), bench.form),
+            data_collator=Collator(bench.pad_token_id, bench.form),
             processing_class=bench.tokenizer,
             callbacks=[log, *_patience(recipe)],
         )
@@ -229,13 +234,21 @@ def open_run(path: str | Path) -> tuple[Workbench, PeftModel]:
     """
     folder = RunFolder.existing(path)
     bench = prepare(load_recipe(folder.recipe), training=False)
+    return bench, load_adapter(bench.model, folder).eval()
+
+
+def load_adapter(model: PreTrainedModel, folder: RunFolder, trainable: bool = False) -> PeftModel:
+    """The adapter of a run on its base model.
+
+    Raises:
+        PemlError: it does not fit the model, or is damaged.
+    """
     try:
-        model = PeftModel.from_pretrained(bench.model, str(folder.adapter))
+        return PeftModel.from_pretrained(model, str(folder.adapter), is_trainable=trainable)
     except PemlError:
         raise
     except Exception as error:  # a configuration that was edited fails anywhere in PEFT or torch
         raise PemlError(f"{folder.adapter} cannot be loaded ({one_line(error)}): train it again") from error
-    return bench, model.eval()
 
 
 def check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
@@ -287,10 +300,3 @@ def _save(model: PeftModel, folder: RunFolder) -> None:
     if folder.adapter.exists():
         shutil.rmtree(folder.adapter)
     temporary.rename(folder.adapter)
-
-
-def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
-            return token
-    return 0

@@ -62,6 +62,12 @@ class Workbench:
         """How the model answers."""
         return form_of(self.model)
 
+    @property
+    def pad_token_id(self) -> int:
+        """What fills rows; any token will do where the attention mask hides it."""
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in ids if isinstance(token, int)), 0)
+
     def config(self) -> PemlConfig:
         """The adapter's configuration: the recipe's, with a head per task if the model is an encoder.
 
