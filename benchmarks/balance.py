@@ -96,6 +96,7 @@ def one(options: Namespace, by: str, scale: float, seed: int) -> None:
             "evaluate_before": False,
             "train": {
                 "max_steps": options.steps, "per_device_train_batch_size": options.rows, "max_length": 64, "seed": seed,
+                "learning_rate": 2e-3,
                 "save_strategy": "steps", "save_steps": options.steps, "logging_steps": 10,
             },
         }
@@ -156,7 +157,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--runs", default="runs/balance", help="folder of the runs; a finished one is not run again")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rows", type=int, default=16, help="per batch")
     parser.add_argument("--balances", nargs="+", default=list(BALANCES), choices=list(BALANCES))
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -183,13 +184,9 @@ def main() -> None:
     text = "\n\n".join(["# Balances", how, *parts])
     (options.out / "balance.md").write_text(text + "\n", encoding="utf-8")
     machine = environment(1)
-    (options.out / "balance.json").write_text(
-        json.dumps(
-            {"environment": machine, "options": {k: str(v) for k, v in vars(options).items()}, **records}, indent=1
-        )
-        + "\n",
-        encoding="utf-8",
-    )
+    settings = {key: getattr(options, key) for key in ("seeds", "steps", "rows")}
+    record = {"environment": machine, "options": settings, **records}
+    (options.out / "balance.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(text)
 
 
