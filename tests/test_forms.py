@@ -299,12 +299,30 @@ def test_growing_says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "new.yaml").write_text("method: peml\ntasks: []\n")
     with pytest.raises(PemlError, match=r"new.yaml: method cannot change when tasks are added"):
         grown(run.path, tmp_path / "new.yaml", "shared")
+    for text, message in (
+        ("tasks:\n", "tasks must be a list, not None"),
+        ("tasks: {name: new}\n", "tasks must be a list, not {'name': 'new'}"),
+        ("tasks: []\ntrain: 5\n", "train must be a mapping, not 5"),
+    ):
+        (tmp_path / "new.yaml").write_text(text)
+        with pytest.raises(PemlError, match=f"new.yaml: {message}"):
+            grown(run.path, tmp_path / "new.yaml", "shared")
     with pytest.raises(PemlError, match="there is no recipe .*nothing.yaml"):
         grown(run.path, tmp_path / "nothing.yaml", "shared")
     with pytest.raises(PemlError, match="is not a folder"):
         grown(tmp_path / "nowhere", added(tmp_path), "shared")
     with pytest.raises(PemlError, match="is the run that is grown"):
         peml.train(grown(run.path, added(tmp_path), "none"), run.path)
+
+
+def test_a_grown_run_may_be_counted_in_epochs(tmp_path: Path) -> None:
+    run = train(settings(tmp_path, "bert"), tmp_path / "run")
+    path = added(tmp_path)
+    path.write_text(path.read_text().replace("max_steps: 20", "num_train_epochs: 2"))
+    whole = peml.regimes.grown_recipe(run.path, path, "shared")
+    grown = peml.train(whole, tmp_path / "grown")
+    log = [yaml.safe_load(line) for line in (grown.path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 2 * 8  # 60 rows in batches of 8
 
 
 def test_evaluation_of_heads_counts_and_scores(tmp_path: Path) -> None:

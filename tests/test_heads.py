@@ -253,6 +253,13 @@ def test_what_heads_cannot_do_is_said() -> None:
         pair(**given, position_ids=torch.arange(6)[None], tasks=ROWS)
     with pytest.raises(PemlError, match=r"wants an attention_mask of .rows, tokens., not .4, 1, 6, 6."):
         pair(**given | {"attention_mask": torch.ones(4, 1, 6, 6)}, tasks=ROWS)
+    for given_labels, scale, message in (
+        (0, (0.0, 1.0), "heads.num_labels must"),
+        (1, (0.0, 0.0), "heads.scales must"),
+    ):
+        with pytest.raises(PemlError, match=message):
+            model.base_model.add_task("new", num_labels=given_labels, scale=scale)
+    assert model.peft_config["default"].task_names == TASKS
     with pytest.raises(PemlError, match="unknown task 'mnli'"):
         model(**given, tasks="mnli")
     with pytest.raises(PemlError, match="one task per row, not one per token"):
