@@ -132,6 +132,34 @@ def test_an_encoder_decoder_writes_as_it_does_row_by_row() -> None:
         assert tokenizer.decode(ids[0, 1:], skip_special_tokens=True).split("\n")[0].strip() == answer
 
 
+def test_settings_for_summaries_do_not_change_an_answer() -> None:
+    tokenizer, base = t5_tokenizer(), t5()
+    for parameter in base.parameters():
+        parameter.data.mul_(2)
+
+    def answers() -> list[str]:
+        examples = [example(p, "red", "color", choices=()) for p in ("big", "small blue dog color :")]
+        return generate_answers(
+            base, tokenizer, examples, max_length=16, max_new_tokens=8, batch_size=2, tasks_kwarg=False, form="seq2seq"
+        )
+
+    plain = answers()
+    assert plain[0] == "big" * 8
+    for name, value in (
+        ("no_repeat_ngram_size", 1),
+        ("encoder_no_repeat_ngram_size", 1),
+        ("encoder_repetition_penalty", 5.0),
+    ):
+        setattr(base.generation_config, name, value)
+        assert answers() == plain
+    for parameter in base.parameters():
+        parameter.data.zero_()
+    base.lm_head.weight.data[1] = 1.0
+    base.lm_head.bias = torch.nn.Parameter(torch.nn.functional.one_hot(torch.tensor(1), len(tokenizer)).float())
+    base.generation_config.min_length = 6
+    assert answers() == ["", ""]
+
+
 def test_a_long_text_loses_its_beginning_and_a_long_answer_is_refused() -> None:
     tokenizer = t5_tokenizer()
     long = example("big small red blue cat dog", "tree", choices=())
