@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,21 @@ def test_a_recipe_trains_an_encoder_and_an_encoder_decoder(tmp_path: Path, kind:
         lengths = [len(row["text"]) for row in rows(60, seed=1)]
         assert config.heads.num_labels == (2, 2, 1)
         assert config.heads.means[2] == pytest.approx(sum(lengths) / 60)
+
+
+def test_a_recipe_reads_pairs_apart_where_the_tokenizer_tells_them_apart(tmp_path: Path) -> None:
+    path = settings(tmp_path, "bert", set={"adapter.r": 4, "heads.pairs": "apart"})
+    with pytest.raises(PemlError, match=r"set.heads.pairs cannot be apart: the tokenizer of .* use joined"):
+        train(path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    names = tmp_path / "model" / "tokenizer_config.json"
+    kept = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    names.write_text(json.dumps(json.loads(names.read_text()) | kept))
+    run = train(path, tmp_path / "run")
+    bench, model = open_run(run.path)
+    assert run.read_metrics()["after"]["color"]["accuracy"] > 0.8
+    assert bench.evaluate(model) == run.read_metrics()["after"]
+    assert model.base_model.heads.weight.shape == (3, 2, 4 * 24)
 
 
 def test_heads_resume_bit_for_bit(tmp_path: Path) -> None:
