@@ -359,6 +359,22 @@ def test_growing_says_what_is_wrong(tmp_path: Path) -> None:
         peml.train(grown(run.path, added(tmp_path), "none"), run.path)
 
 
+@pytest.mark.parametrize("freeze", ["shared", "none"])
+def test_a_run_with_sources_grows_by_what_its_adapter_has(tmp_path: Path, freeze: str) -> None:
+    from workshop import write_recipe
+
+    size, color = recipe(tmp_path)["tasks"]
+    regime = {"name": "distil_then_adapt", "sources": ["size", "color"], "targets": ["third"], "shots": 20}
+    tasks = [size, color, size | {"name": "third"}]
+    short = recipe(tmp_path)["train"] | {"max_steps": 2}
+    own = {"prompt.num_virtual_tokens": 3}
+    path = write_recipe(tmp_path, method="mpt", set=own, tasks=tasks, regime=regime, train=short)
+    run = peml.train(path, tmp_path / "run")
+    grown = peml.train(peml.regimes.grown_recipe(run.path, added(tmp_path), freeze), tmp_path / "grown")
+    counts = {"third": [20 if freeze == "none" else 0, 20], "small": [60, 20]}
+    assert grown.read_metrics()["data"]["rows"] == counts
+
+
 def test_a_grown_run_may_be_counted_in_epochs(tmp_path: Path) -> None:
     run = train(settings(tmp_path, "bert"), tmp_path / "run")
     path = added(tmp_path)

@@ -13,7 +13,7 @@ from peml.errors import PemlError
 from peml.training.arguments import one_line
 from peml.training.folder import RunFolder
 from peml.training.recipe import Recipe, load_recipe, read_yaml, validated
-from peml.training.regime import Grow
+from peml.training.regime import DistilThenAdapt, Grow
 from peml.training.run import Stage, train
 from peml.training.workbench import Workbench
 from peml.tuner import PemlModel
@@ -118,8 +118,14 @@ def grown_recipe(run: str | Path, added: str | Path, freeze: str, init: str = "i
         if not isinstance(given[key], kind):
             what = "a list" if key == "tasks" else "a mapping"
             raise PemlError(f"{added}: {key} must be {what}, not {given[key]!r}")
+    names, shots = [task.name for task in old.build_tasks()], getattr(old.how, "shots", None)
+    if isinstance(old.how, DistilThenAdapt):
+        # Sources are no tasks of the adapter.
+        old = old.stage(names)
     settings: dict[str, Any] = yaml.safe_load(old.to_yaml())
-    count = len(old.build_tasks())
+    for entry in settings["tasks"] if shots else ():
+        entry["limit_train"] = min(shots, entry.get("limit_train", shots))
+    count = len(names)
     settings |= {key: given[key] for key in ("mixing", "balance") if given.get(key) is not None}
     changed = given.get("train") or {}
     # A training that is now counted in epochs is no longer counted in steps.
