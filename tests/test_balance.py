@@ -128,6 +128,12 @@ def test_gradnorm_follows_the_slope_of_its_loss() -> None:
     torch.testing.assert_close(seen[0], logits.grad)
 
 
+def test_gradnorm_compares_the_tasks_present() -> None:
+    own = rule("gradnorm", 3)
+    own.update(step(1, [1.0, 1.0, 1.0], absent=(2,), norms=[1.0, 0.8, 0.0]))
+    assert own.logits[0] < 0 < own.logits[1] and own.logits[2] == 0
+
+
 def test_famo_lets_both_logarithms_fall_alike() -> None:
     """L_1 = 100 x^2 / 2, L_2 = y^2 / 2: gradient descent on them, weighed by the rule."""
     balance, x = rule("famo", decay=0.0), torch.tensor([1.0, 1.0], dtype=torch.float64)

@@ -13,7 +13,15 @@ import yaml
 from peft import get_peft_model
 from safetensors.torch import load_file
 from tokenizers import processors
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+)
 
 import peml
 from peml import PemlError
@@ -27,6 +35,7 @@ from peml.training.folder import RunFolder
 from peml.training.loss import balanced, by_task, row_counts, row_losses
 from peml.training.recipe import load_recipe
 from peml.training.run import open_run, train
+from peml.training.trainer import MultiTaskTrainer
 from peml.training.workbench import form_of
 from workshop import recipe, rows, tiny_tokenizer
 
@@ -108,6 +117,26 @@ def test_the_loss_of_an_encoder_decoder_is_its_own() -> None:
         given = {key: batch[key][picked] for key in ("input_ids", "attention_mask", "labels")}
         own.append(model(**given, tasks=name).loss)
     torch.testing.assert_close(loss, torch.stack(own).mean())
+
+
+@pytest.mark.parametrize("form", ["heads", "seq2seq"])
+def test_labels_are_smoothed_whatever_answers(tmp_path: Path, form: Any) -> None:
+    tokenizer, base, heads = t5_tokenizer(), t5(), None
+    if form == "heads":
+        config = BertConfig(vocab_size=len(bert_tokenizer()), pad_token_id=2, **SMALL)
+        tokenizer, base, heads = bert_tokenizer(), BertModel(config), peml.Heads((2,))
+    config = peml.PemlConfig(task_names=["size"], adapter=peml.LoRA(r=2), heads=heads)
+    data = TaskRows.encode(tokenizer, {"size": EXAMPLES["size"]}, 16, form)
+    trainer = MultiTaskTrainer(
+        get_peft_model(base, config).eval(),
+        TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.2, report_to=[], use_cpu=True),
+        train_dataset=data,
+    )
+    batch = Collator(2, form)([data[i] for i in range(2)])
+    loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    targets = batch["labels"].long().flatten()
+    wanted = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, -2), targets, label_smoothing=0.2)
+    torch.testing.assert_close(loss, wanted)
 
 
 @torch.no_grad()
@@ -378,11 +407,17 @@ def test_a_run_with_sources_grows_by_what_its_adapter_has(tmp_path: Path, freeze
 def test_a_grown_run_may_be_counted_in_epochs(tmp_path: Path) -> None:
     run = train(settings(tmp_path, "bert"), tmp_path / "run")
     path = added(tmp_path)
-    path.write_text(path.read_text().replace("max_steps: 20", "num_train_epochs: 2"))
+    new = yaml.safe_load(path.read_text())
+    new["train"] = {"num_train_epochs": 2}
+    length = new["tasks"][0] | {"name": "length", "kind": "regress", "answer": "{{ text | length }}"}
+    new["tasks"] = [{key: length[key] for key in length if key not in ("choices", "labels")}]
+    path.write_text(yaml.safe_dump(new))
     whole = peml.regimes.grown_recipe(run.path, path, "shared")
     grown = peml.train(whole, tmp_path / "grown")
     log = [yaml.safe_load(line) for line in (grown.path / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 2 * 8  # 60 rows in batches of 8
+    heads = open_run(grown.path)[1].peft_config["default"].heads
+    assert heads.num_labels == (2, 2, 1, 1) and heads.scale_of(3) == heads.scale_of(2) != (0.0, 1.0)
 
 
 def test_evaluation_of_heads_counts_and_scores(tmp_path: Path) -> None:
