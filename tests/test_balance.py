@@ -128,6 +128,12 @@ def test_gradnorm_follows_the_slope_of_its_loss() -> None:
     torch.testing.assert_close(seen[0], logits.grad)
 
 
+def test_gradnorm_compares_the_tasks_present() -> None:
+    own = rule("gradnorm", 3)
+    own.update(step(1, [1.0, 1.0, 1.0], absent=(2,), norms=[1.0, 0.8, 0.0]))
+    assert own.logits[0] < 0 < own.logits[1] and own.logits[2] == 0
+
+
 def test_famo_lets_both_logarithms_fall_alike() -> None:
     """L_1 = 100 x^2 / 2, L_2 = y^2 / 2: gradient descent on them, weighed by the rule."""
     balance, x = rule("famo", decay=0.0), torch.tensor([1.0, 1.0], dtype=torch.float64)
@@ -221,10 +227,12 @@ def test_pcgrad_against_vectors_in_the_same_order() -> None:
     torch.testing.assert_close(given, total)
 
 
-def test_pcgrad_leaves_the_random_numbers_of_the_training_alone() -> None:
+def test_pcgrad_leaves_the_random_numbers_of_the_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.random.get_rng_state()
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     combined("pcgrad", [[1.0, 0.0], [-1.0, 1.0]])
-    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(torch.random.get_rng_state(), before) and not seeded
 
 
 @pytest.mark.parametrize("second", [[-3.0, 1.0], [0.2, 2.0], [-0.5, 0.3]])

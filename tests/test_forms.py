@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,15 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tokenizers import processors
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+)
 
 import peml
 from peml import PemlError
@@ -30,6 +39,7 @@ from peml.training.loss import balanced, by_task, row_counts, row_losses
 from peml.training.probing import probe_heads
 from peml.training.recipe import load_recipe
 from peml.training.run import open_run, train
+from peml.training.trainer import MultiTaskTrainer
 from peml.training.workbench import form_of, prepare
 from workshop import recipe, rows, tiny_tokenizer
 
@@ -113,6 +123,26 @@ def test_the_loss_of_an_encoder_decoder_is_its_own() -> None:
     torch.testing.assert_close(loss, torch.stack(own).mean())
 
 
+@pytest.mark.parametrize("form", ["heads", "seq2seq"])
+def test_labels_are_smoothed_whatever_answers(tmp_path: Path, form: Any) -> None:
+    tokenizer, base, heads = t5_tokenizer(), t5(), None
+    if form == "heads":
+        config = BertConfig(vocab_size=len(bert_tokenizer()), pad_token_id=2, **SMALL)
+        tokenizer, base, heads = bert_tokenizer(), BertModel(config), peml.Heads((2,))
+    config = peml.PemlConfig(task_names=["size"], adapter=peml.LoRA(r=2), heads=heads)
+    data = TaskRows.encode(tokenizer, {"size": EXAMPLES["size"]}, 16, form)
+    trainer = MultiTaskTrainer(
+        get_peft_model(base, config).eval(),
+        TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.2, report_to=[], use_cpu=True),
+        train_dataset=data,
+    )
+    batch = Collator(2, form)([data[i] for i in range(2)])
+    loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    targets = batch["labels"].long().flatten()
+    wanted = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, -2), targets, label_smoothing=0.2)
+    torch.testing.assert_close(loss, wanted)
+
+
 @torch.no_grad()
 def test_choices_of_an_encoder_decoder_are_scored_as_its_loss_says() -> None:
     tokenizer, base = t5_tokenizer(), t5()
@@ -134,6 +164,34 @@ def test_an_encoder_decoder_writes_as_it_does_row_by_row() -> None:
     for one, answer in zip(examples, found, strict=True):
         ids = base.generate(**tokenizer(one.prompt, return_tensors="pt"), max_new_tokens=5, do_sample=False)
         assert tokenizer.decode(ids[0, 1:], skip_special_tokens=True).split("\n")[0].strip() == answer
+
+
+def test_settings_for_summaries_do_not_change_an_answer() -> None:
+    tokenizer, base = t5_tokenizer(), t5()
+    for parameter in base.parameters():
+        parameter.data.mul_(2)
+
+    def answers() -> list[str]:
+        examples = [example(p, "red", "color", choices=()) for p in ("big", "small blue dog color :")]
+        return generate_answers(
+            base, tokenizer, examples, max_length=16, max_new_tokens=8, batch_size=2, tasks_kwarg=False, form="seq2seq"
+        )
+
+    plain = answers()
+    assert plain[0] == "big" * 8
+    for name, value in (
+        ("no_repeat_ngram_size", 1),
+        ("encoder_no_repeat_ngram_size", 1),
+        ("encoder_repetition_penalty", 5.0),
+    ):
+        setattr(base.generation_config, name, value)
+        assert answers() == plain
+    for parameter in base.parameters():
+        parameter.data.zero_()
+    base.lm_head.weight.data[1] = 1.0
+    base.lm_head.bias = torch.nn.Parameter(torch.nn.functional.one_hot(torch.tensor(1), len(tokenizer)).float())
+    base.generation_config.min_length = 6
+    assert answers() == ["", ""]
 
 
 def test_a_long_text_loses_its_beginning_and_a_long_answer_is_refused() -> None:
@@ -213,6 +271,21 @@ def test_heads_begin_as_regressions_on_what_the_encoder_says(tmp_path: Path) -> 
             assert torch.equal(heads.weight[at], before["base_model.model.head_host.peml_head.default.weight"][at])
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert all("head_host" in name for name in changed)
+
+
+def test_a_recipe_reads_pairs_apart_where_the_tokenizer_tells_them_apart(tmp_path: Path) -> None:
+    path = settings(tmp_path, "bert", set={"adapter.r": 4, "heads.pairs": "apart"})
+    with pytest.raises(PemlError, match=r"set.heads.pairs cannot be apart: the tokenizer of .* use joined"):
+        train(path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    names = tmp_path / "model" / "tokenizer_config.json"
+    kept = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    names.write_text(json.dumps(json.loads(names.read_text()) | kept))
+    run = train(path, tmp_path / "run")
+    bench, model = open_run(run.path)
+    assert run.read_metrics()["after"]["color"]["accuracy"] > 0.8
+    assert bench.evaluate(model) == run.read_metrics()["after"]
+    assert model.base_model.heads.weight.shape == (3, 2, 4 * 24)
 
 
 def test_heads_resume_bit_for_bit(tmp_path: Path) -> None:
@@ -333,12 +406,52 @@ def test_growing_says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "new.yaml").write_text("method: peml\ntasks: []\n")
     with pytest.raises(PemlError, match=r"new.yaml: method cannot change when tasks are added"):
         grown(run.path, tmp_path / "new.yaml", "shared")
+    for text, message in (
+        ("tasks:\n", "tasks must be a list, not None"),
+        ("tasks: {name: new}\n", "tasks must be a list, not {'name': 'new'}"),
+        ("tasks: []\ntrain: 5\n", "train must be a mapping, not 5"),
+    ):
+        (tmp_path / "new.yaml").write_text(text)
+        with pytest.raises(PemlError, match=f"new.yaml: {message}"):
+            grown(run.path, tmp_path / "new.yaml", "shared")
     with pytest.raises(PemlError, match="there is no recipe .*nothing.yaml"):
         grown(run.path, tmp_path / "nothing.yaml", "shared")
     with pytest.raises(PemlError, match="is not a folder"):
         grown(tmp_path / "nowhere", added(tmp_path), "shared")
     with pytest.raises(PemlError, match="is the run that is grown"):
         peml.train(grown(run.path, added(tmp_path), "none"), run.path)
+
+
+@pytest.mark.parametrize("freeze", ["shared", "none"])
+def test_a_run_with_sources_grows_by_what_its_adapter_has(tmp_path: Path, freeze: str) -> None:
+    from workshop import write_recipe
+
+    size, color = recipe(tmp_path)["tasks"]
+    regime = {"name": "distil_then_adapt", "sources": ["size", "color"], "targets": ["third"], "shots": 20}
+    tasks = [size, color, size | {"name": "third"}]
+    short = recipe(tmp_path)["train"] | {"max_steps": 2}
+    own = {"prompt.num_virtual_tokens": 3}
+    path = write_recipe(tmp_path, method="mpt", set=own, tasks=tasks, regime=regime, train=short)
+    run = peml.train(path, tmp_path / "run")
+    grown = peml.train(peml.regimes.grown_recipe(run.path, added(tmp_path), freeze), tmp_path / "grown")
+    counts = {"third": [20 if freeze == "none" else 0, 20], "small": [60, 20]}
+    assert grown.read_metrics()["data"]["rows"] == counts
+
+
+def test_a_grown_run_may_be_counted_in_epochs(tmp_path: Path) -> None:
+    run = train(settings(tmp_path, "bert"), tmp_path / "run")
+    path = added(tmp_path)
+    new = yaml.safe_load(path.read_text())
+    new["train"] = {"num_train_epochs": 2}
+    length = new["tasks"][0] | {"name": "length", "kind": "regress", "answer": "{{ text | length }}"}
+    new["tasks"] = [{key: length[key] for key in length if key not in ("choices", "labels")}]
+    path.write_text(yaml.safe_dump(new))
+    whole = peml.regimes.grown_recipe(run.path, path, "shared")
+    grown = peml.train(whole, tmp_path / "grown")
+    log = [yaml.safe_load(line) for line in (grown.path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 2 * 8  # 60 rows in batches of 8
+    heads = open_run(grown.path)[1].peft_config["default"].heads
+    assert heads.num_labels == (2, 2, 1, 1) and heads.scale_of(3) == heads.scale_of(2) != (0.0, 1.0)
 
 
 def test_evaluation_of_heads_counts_and_scores(tmp_path: Path) -> None:

@@ -244,6 +244,22 @@ def test_what_heads_cannot_do_is_said() -> None:
     pair = built("lora", heads=Heads(LABELS, pairs="apart"))
     with pytest.raises(PemlError, match="wants input_ids= and token_type_ids="):
         pair(input_ids=given["input_ids"], tasks="rte")
+    for tasks in (["rte", "cola"], [*ROWS, "rte"]):
+        with pytest.raises(PemlError, match=f"`tasks=` has {len(tasks)} entries but the batch has 4 rows"):
+            pair(**given, tasks=tasks)
+    with pytest.raises(PemlError, match="one task per row, not one per token"):
+        pair(**given, tasks=[["rte"] * 6] * 4)
+    with pytest.raises(PemlError, match="counts the positions of both texts itself: leave position_ids out"):
+        pair(**given, position_ids=torch.arange(6)[None], tasks=ROWS)
+    with pytest.raises(PemlError, match=r"wants an attention_mask of .rows, tokens., not .4, 1, 6, 6."):
+        pair(**given | {"attention_mask": torch.ones(4, 1, 6, 6)}, tasks=ROWS)
+    for given_labels, scale, message in (
+        (0, (0.0, 1.0), "heads.num_labels must"),
+        (1, (0.0, 0.0), "heads.scales must"),
+    ):
+        with pytest.raises(PemlError, match=message):
+            model.base_model.add_task("new", num_labels=given_labels, scale=scale)
+    assert model.peft_config["default"].task_names == TASKS
     with pytest.raises(PemlError, match="unknown task 'mnli'"):
         model(**given, tasks="mnli")
     with pytest.raises(PemlError, match="one task per row, not one per token"):
@@ -289,6 +305,15 @@ def test_pooling_of_a_text_without_padding() -> None:
         torch.testing.assert_close(pooled(states, None, pooling), wanted / size)  # type: ignore[arg-type]
 
 
+def test_the_last_token_of_a_long_text_in_half_precision() -> None:
+    states = torch.randn(2, 301, 4).bfloat16()
+    mask = torch.ones(2, 301)
+    mask[0, 258:] = 0
+    wanted = F.rms_norm(torch.stack([states[0, 257], states[1, 300]]), (4,))
+    for kind in (torch.bool, torch.long, torch.float):
+        assert torch.equal(pooled(states, mask.to(kind), "last"), wanted)
+
+
 def test_texts_are_taken_apart_whichever_side_is_padded_and_where_no_row_is_a_pair() -> None:
     ids = torch.tensor([[5, 6, 7, 8, 0, 0], [0, 0, 0, 5, 9, 4], [5, 1, 2, 3, 4, 8]])
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
@@ -300,6 +325,9 @@ def test_texts_are_taken_apart_whichever_side_is_padded_and_where_no_row_is_a_pa
     assert not bool(call["token_type_ids"].any())
     call, pairs = apart({"input_ids": ids[2:], "token_type_ids": types[2:]})
     assert len(pairs) == 0 and torch.equal(call["input_ids"], ids[2:])
+    for kind in (torch.bool, torch.float):
+        again, pairs = apart({"input_ids": ids, "attention_mask": mask.to(kind), "token_type_ids": types})
+        assert pairs.tolist() == [0, 1] and again["attention_mask"].sum().item() == 15
 
 
 def test_dropout_is_drawn_in_training_alone() -> None:

@@ -74,8 +74,7 @@ class Answering(Attached):
         heads = self._head()
         if heads is None or forward.route is None:
             return output
-        if forward.route.per_token:
-            raise PemlError("a head answers for a whole row: give one task per row, not one per token")
+        _check_per_row(forward.route)
         rows = output[0].shape[0]
         return answered(heads, output, mask, forward.route.rows(rows, output[0].device), forward.second)
 
@@ -90,9 +89,12 @@ class Answering(Attached):
         heads = self._head()
         if heads is None or heads.config.pairs != "apart":
             return call, tasks, None
-        route = self._route(tasks, None)
+        ids = call.get("input_ids")
+        route = self._route(tasks, None if ids is None else ids.shape[0])
+        if route is not None:
+            _check_per_row(route)
         call, pairs = apart(call)
-        if route is not None and route.ids.shape[0] > 1 and not route.per_token:
+        if route is not None and route.ids.shape[0] > 1:
             ids = route.ids.tolist()
             tasks = ids + [ids[row] for row in pairs.tolist()]
         return call, tasks, pairs
@@ -110,3 +112,8 @@ class Answering(Attached):
                 (new[:tasks, :classes] if name in ("weight", "bias") else new[:tasks]).copy_(parameter)
                 new.requires_grad = parameter.requires_grad
         host.peml_head[self.adapter_in_force] = grown
+
+
+def _check_per_row(route: Route) -> None:
+    if route.per_token:
+        raise PemlError("a head answers for a whole row: give one task per row, not one per token")

@@ -45,6 +45,8 @@ class Growing(Prompting, Answering):
         if (config.heads is None) != (num_labels is None):
             wanted = "has no heads: leave num_labels out" if config.heads is None else "has heads: give num_labels="
             raise PemlError(f"this adapter {wanted}")
+        if config.heads is not None and num_labels is not None:
+            config.heads.grown(num_labels, *scale).check([*config.task_names, name])
         grown = None if config.adapter is None else config.adapter.grown(len(config.task_names))
         names = (*config.task_names, name)
         for bank in self._banks():

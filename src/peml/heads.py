@@ -182,11 +182,12 @@ def pooled(states: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
     """One vector per row, `[B, D]`, of mean square 1, from states `[B, S, D]` and mask `[B, S]`."""
     if mask is None:
         mask = torch.ones(states.shape[:2], device=states.device)
-    mask = mask.to(states.device, states.dtype)
+    mask = mask.to(states.device).long()
     if pooling == "mean":
-        chosen = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        weights = mask.to(states.dtype)
+        chosen = (states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
     else:
-        # Padding may be on either side.
+        # Padding may be on either side. Half precision has no numbers for places beyond the 256th.
         places = torch.arange(states.shape[1], device=states.device) * mask
         at = mask.argmax(1) if pooling == "first" else places.argmax(1)
         chosen = states[torch.arange(len(states), device=states.device), at]
@@ -211,7 +212,11 @@ def apart(call: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
             'heads.pairs "apart" wants input_ids= and token_type_ids=, which tells the two texts of a pair apart; this '
             'call, or model, has not both: use "joined"'
         )
-    mask = torch.ones_like(ids) if mask is None else mask
+    if call.get("position_ids") is not None:
+        raise PemlError('heads.pairs "apart" counts the positions of both texts itself: leave position_ids out')
+    if mask is not None and mask.ndim != 2:
+        raise PemlError(f'heads.pairs "apart" wants an attention_mask of [rows, tokens], not {list(mask.shape)}')
+    mask = torch.ones_like(ids) if mask is None else mask.long()
     later = (mask * types).bool()
     pairs = later.any(1).nonzero()[:, 0]
     first, first_mask = _moved_left(ids, mask.bool() & ~later)

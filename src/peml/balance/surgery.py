@@ -41,7 +41,8 @@ class PCGradRule(Rule):
 
         weighted = shares[:, None] * gramian * shares
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            # Not `torch.manual_seed`, which would seed the dropout of every GPU as well, and for good.
+            torch.default_generator.manual_seed(seed)
             factors: Tensor = PCGradWeighting()(weighted)
         return factors * shares
 

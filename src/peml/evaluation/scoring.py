@@ -155,12 +155,16 @@ def generate_answers(
     prompts, goes_on = [row.input_ids for row in encoded], form == "causal"
     device = next(model.parameters()).device
     ends = sorted(end_ids(tokenizer, examples) | _end_ids(model))
-    # Said in full, because models come with settings of their own (sampling, penalties).
+    # Said in full, because models come with settings of their own (sampling, penalties; BART's were for summaries).
     settings = {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
         "num_beams": 1,
+        "min_length": 0,
         "repetition_penalty": 1.0,
+        "encoder_repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "encoder_no_repeat_ngram_size": 0,
         "eos_token_id": ends or None,
         "pad_token_id": _pad_id(tokenizer),
         "stopping_criteria": StoppingCriteriaList([_AtNewline(tokenizer)] if one_line else []),

@@ -12,7 +12,7 @@ from rich.console import Console
 from peml.errors import PemlError
 from peml.training.folder import RunFolder
 from peml.training.recipe import Recipe, load_recipe, read_yaml, validated
-from peml.training.regime import Grow
+from peml.training.regime import DistilThenAdapt, Grow
 from peml.training.run import Stage, load_adapter, train
 from peml.training.workbench import Workbench
 from peml.tuner import PemlModel
@@ -109,10 +109,23 @@ def grown_recipe(run: str | Path, added: str | Path, freeze: str, init: str = "i
     for key in given:
         if key not in _ALLOWED:
             raise PemlError(f"{added}: {key} cannot change when tasks are added; allowed are {', '.join(_ALLOWED)}")
+        kind = {"tasks": list, "train": dict | None}.get(key, object)
+        if not isinstance(given[key], kind):
+            what = "a list" if key == "tasks" else "a mapping"
+            raise PemlError(f"{added}: {key} must be {what}, not {given[key]!r}")
+    names, shots = [task.name for task in old.build_tasks()], getattr(old.how, "shots", None)
+    if isinstance(old.how, DistilThenAdapt):
+        # Sources are no tasks of the adapter.
+        old = old.stage(names)
     settings: dict[str, Any] = yaml.safe_load(old.to_yaml())
-    count = len(old.build_tasks())
+    for entry in settings["tasks"] if shots else ():
+        entry["limit_train"] = min(shots, entry.get("limit_train", shots))
+    count = len(names)
     settings |= {key: given[key] for key in ("mixing", "balance") if given.get(key) is not None}
-    settings["train"] = {k: v for k, v in settings["train"].items() if k != "output_dir"} | (given.get("train") or {})
+    changed = given.get("train") or {}
+    # A training that is now counted in epochs is no longer counted in steps.
+    dropped = {"output_dir"} | ({"max_steps"} if "num_train_epochs" in changed else set())
+    settings["train"] = {k: v for k, v in settings["train"].items() if k not in dropped} | changed
     settings["tasks"] = [*settings["tasks"], *given["tasks"]]
     settings.pop("regime", None)
     names = [task.name for task in validated(settings, added).every_task()]

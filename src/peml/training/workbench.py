@@ -80,7 +80,8 @@ class Workbench:
         """The adapter's configuration: the recipe's, with a head per task if the model is an encoder.
 
         Raises:
-            PemlError: the recipe sets heads for a model that answers in words.
+            PemlError: the recipe sets heads for a model that answers in words, or wants texts apart that its tokenizer
+                does not tell apart.
         """
         config = self.recipe.config()
         if self.form != "heads":
@@ -96,6 +97,11 @@ class Workbench:
             means=tuple(mean for mean, _ in scales),
             scales=tuple(scale for _, scale in scales),
         )
+        if config.heads.pairs == "apart" and not any(self.tokenizer("a", "a").get("token_type_ids", ())):
+            raise PemlError(
+                f"set.heads.pairs cannot be apart: the tokenizer of {self.recipe.model} does not tell the two texts of "
+                "a pair apart by token_type_ids; use joined"
+            )
         return config
 
     def check(self) -> dict[str, int]:
