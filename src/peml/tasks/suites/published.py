@@ -216,7 +216,7 @@ def _expanded(rows: Iterable[tuple[Row, str]], expand: Expand | None) -> Iterato
             continue
         try:
             made = expand(row)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise PemlError(f"{origin}: the row is not as it is published ({type(error).__name__}: {error})") from error
         yield from ((one, origin) for one in made)
 
