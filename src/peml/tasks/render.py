@@ -4,7 +4,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, UndefinedError
+from jinja2 import StrictUndefined, Template, Undefined, UndefinedError
 from jinja2.sandbox import SandboxedEnvironment
 
 from peml.errors import PemlError
@@ -12,9 +12,13 @@ from peml.tasks.files import Row
 
 
 def _present(value: Any) -> Any:
-    # Jinja would write "None" and "nan" into the prompt, and the model would be trained on that.
+    # Jinja would write "None", "nan" and Python's names of things into the prompt, and the model would learn that.
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise UndefinedError("a field that it asks for is empty (null)")
+    if isinstance(value, bytes):
+        raise UndefinedError("a field that it asks for holds bytes, not a text")
+    if callable(value) and not isinstance(value, Undefined):
+        raise UndefinedError(f"there is no such field, only Python's own {getattr(value, '__name__', value)!r}")
     return value
 
 
@@ -47,10 +51,10 @@ def field_of(row: Row, name: str, where: str) -> Any:
 
 
 def as_text(value: Any, where: str) -> str:
-    """A plain value as text; null is empty."""
+    """A plain value as text; null is empty, and so is NaN, which stands for it in tables."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, str | int | float):
         return str(value).strip()
