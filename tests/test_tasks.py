@@ -229,6 +229,18 @@ def test_labels_map_raw_values_of_any_plain_type(raw: Any, key: Any) -> None:
     assert ask({"text": "t", "team": raw}, labels={key: "billing"}).answer == "billing"
 
 
+def test_templates_may_ask_whether_a_field_is_null() -> None:
+    for template in (
+        "{% if note %}x{% else %}y{% endif %}",
+        "{{ 'y' if note is none else 'x' }}",
+        "{{ 'y' if note == none else 'x' }}",
+        "{{ note or 'y' }}",
+        "{{ note | default('y', true) }}",
+    ):
+        assert ask(prompt=template).prompt == "y"
+    assert ask(prompt="{{ row | tojson }}").prompt.count("null") == 1
+
+
 def test_an_answer_may_be_a_template_of_statements_alone() -> None:
     assert ask(answer="{% if sure %}hardware{% else %}billing{% endif %}").answer == "hardware"
 
@@ -294,6 +306,8 @@ def test_templates_reach_odd_names_and_nested_fields() -> None:
         ),
         ({"text": "t", "team": float("nan")}, {}, r"the answer \('team'\) is empty"),
         (TICKET, {"prompt": "{{ text.title }}"}, "there is no such field, only Python's own 'title'"),
+        ({"text": None, "team": "1"}, {"prompt": "Q: {{ text | trim }}"}, r"it asks for is empty \(null\)"),
+        ({"text": float("nan"), "team": "1"}, {"prompt": "{{ 'Q: ' ~ text }}"}, r"it asks for is empty \(null\)"),
         ({"text": b"t", "team": "1"}, {}, "holds bytes, not a text"),
         ({"text": "t", "team": -1}, {}, "the answer '-1' is not among the choices"),
         ({"text": "t", "team": None}, {}, r"the answer \('team'\) is empty"),
