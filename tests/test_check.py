@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,16 @@ def test_lengths_and_cuts_are_those_of_training_and_evaluation(tmp_path: Path) -
     assert chosen.lengths["eval"].longest == 61 + 5 and chosen.lengths["train"].longest == max(
         n + 3 + n % 3 for n in range(2, 62)
     )
+
+
+def test_rows_that_a_shorter_choice_always_wins_are_counted(tmp_path: Path) -> None:
+    rows = [{"text": f"a{n}", "team": team} for n, team in enumerate(("1", "10", "2", "10"))]
+    task, reader = task_on(tmp_path, rows, rows, choices=("1", "10", "2")), Reader(chat_tokenizer(), "causal", 40)
+    found = check_task(task, reader)
+    assert found.lengths["eval"].outdone == 2 and not found.problems
+    assert any("2 eval rows cannot be answered right" in note for note in found.notes)
+    assert check_task(replace(task, length_normalization=True), reader).lengths["eval"].outdone == 0
+    assert check_task(task, replace(reader, form="seq2seq")).lengths["eval"].outdone == 0
 
 
 def test_a_model_that_cannot_read_conversations_is_one_problem(tmp_path: Path) -> None:

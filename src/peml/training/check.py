@@ -286,6 +286,11 @@ def _measure(task: Task, split: Split, examples: Sequence[Example], reader: Read
     if split == "eval" and measured.unwritable:
         few = f"`max_new_tokens` {task.max_new_tokens}"
         found.notes.append(f"{measured.unwritable:,} eval answers are longer than {few}: they cannot be written")
+    if measured.outdone:
+        found.notes.append(
+            f"{measured.outdone:,} {split} rows cannot be answered right: another choice is the beginning of the right "
+            "one, and never less likely; reword the choices, or set `length_normalization`"
+        )
 
 
 def _score(task: Task, examples: Sequence[Example], found: TaskCheck) -> None:
