@@ -258,6 +258,19 @@ def test_shots_stand_in_front_in_the_same_words(folders: dict[str, Path]) -> Non
         replace(task, few_shot=-1)
 
 
+def test_shots_of_the_hub_have_a_split_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load(path: str, config: str | None, *, split: str, revision: str | None) -> Any:
+        row = {"question": f"From {split}?", "subject": config, "choices": ["a", "b", "c", "d"], "answer": 2}
+        return datasets.Dataset.from_list([row])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    (example,) = replace(task_of("mmlu", "virology", None), few_shot=1).examples("eval")
+    options = "\nA. a\nB. b\nC. c\nD. d\nAnswer:"
+    assert example.prompt == f"From dev?{options} C\n\nFrom test?{options}"
+
+
 def test_training_rows_that_are_shown_are_not_trained_on(folders: dict[str, Path]) -> None:
     task = replace(task_of("glue", "cola", folders["glue"]), few_shot=1)
     (example,) = task.examples("train")

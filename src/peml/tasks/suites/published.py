@@ -162,7 +162,7 @@ class SuiteSource(Source):
         rows = self.read("shots")
         if len(rows) < count:
             raise PemlError(f"{self}: `few_shot` must be at most {len(rows)}, the examples there are, not {count}")
-        return rows[:count]
+        return [rows[number] for number in range(count)]
 
     def read(self, use: str) -> Rows:
         """All rows for `train`, `eval` or `shots`."""
