@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,15 @@ DAMAGED: dict[str, tuple[str, bytes, dict[str, Any], list[int | None], str]] = {
     "a header alone": ("a.csv", b"text,team\n", CHOOSE, [None], "is empty"),
     "a wrong suffix": ("a.txt", b"a", CHOOSE, [None], "has the suffix '.txt'"),
     "a JSON list cut off": ("a.json", b'[\n{"text": "a", "team": "x"},\n{"text"', CHOOSE, [3], "not valid JSON"),
-    "lines in place of a list": ("a.json", b'{"text": "a"}\n{"text": "b"}\n', CHOOSE, [2], "not valid JSON"),
+    "lines in place of a list": ("a.json", b'{"text": "a"}\n{"text": "b"}\n', CHOOSE, [2], "use the suffix .jsonl"),
     "a broken parquet": ("a.parquet", b"PAR1 and then nothing", CHOOSE, [None], "is not a parquet file"),
-    "not a number": ("a.jsonl", lines(b'{"text": "a", "n": NaN}', GOOD | {"n": "1e999"}), REGRESS, [3, 4], "'nan'"),
+    "not a number": (
+        "a.jsonl",
+        lines(b'{"text": "a", "n": NaN}', GOOD | {"n": "1e999"}),
+        REGRESS,
+        [3, 4],
+        "is empty; fill",
+    ),
     "text for a number": ("a.jsonl", lines(GOOD | {"n": "high"}), REGRESS, [3], "must be a number, not 'high'"),
     "half a surrogate pair": ("a.jsonl", lines(GOOD | {"text": "\ud800"}), CHOOSE, [3], "half of a surrogate pair"),
     "choices that are no list": ("a.jsonl", lines(GOOD | {"ends": "p"}), FIELD, [3], "must hold a list of choices"),
@@ -243,6 +250,12 @@ def test_rows_that_ask_the_same_are_counted(tmp_path: Path) -> None:
     assert not found.problems
 
 
+def test_rows_that_are_asked_by_different_templates_are_compared(tmp_path: Path) -> None:
+    rows = [{"text": f"a{n}", "team": "xyz"[n % 3]} for n in range(20)]
+    found = check_task(task_on(tmp_path, rows + rows[:2], rows, prompt=("{{ text }}", "Q: {{ text }}")))
+    assert found.duplicates == {"repeated": 2, "contradictory": 0, "leaked": 20}
+
+
 def test_the_same_text_with_other_choices_is_another_question(tmp_path: Path) -> None:
     rows = [{"text": "a", "ends": ends, "team": ends[0]} for ends in (["p", "q"], ["r", "s"])]
     found = check_task(task_on(tmp_path, rows, rows[:1], choices="ends"))
@@ -266,6 +279,16 @@ def test_lengths_and_cuts_are_those_of_training_and_evaluation(tmp_path: Path) -
     assert chosen.lengths["eval"].longest == 61 + 5 and chosen.lengths["train"].longest == max(
         n + 3 + n % 3 for n in range(2, 62)
     )
+
+
+def test_rows_that_a_shorter_choice_always_wins_are_counted(tmp_path: Path) -> None:
+    rows = [{"text": f"a{n}", "team": team} for n, team in enumerate(("1", "10", "2", "10"))]
+    task, reader = task_on(tmp_path, rows, rows, choices=("1", "10", "2")), Reader(chat_tokenizer(), "causal", 40)
+    found = check_task(task, reader)
+    assert found.lengths["eval"].outdone == 2 and not found.problems
+    assert any("2 eval rows cannot be answered right" in note for note in found.notes)
+    assert check_task(replace(task, length_normalization=True), reader).lengths["eval"].outdone == 0
+    assert check_task(task, replace(reader, form="seq2seq")).lengths["eval"].outdone == 0
 
 
 def test_a_model_that_cannot_read_conversations_is_one_problem(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from peml.errors import PemlError
 from peml.tasks import FileSource, HubSource, Source, Task
 from peml.tasks.files import scan_file
+from peml.training.entries import OwnEntry, build_tasks
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -46,6 +47,29 @@ def test_csv_is_read_on_after_every_bad_row(tmp_path: Path) -> None:
 def test_a_quote_left_open_costs_its_line_alone(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", 'x,y\n"1,2\n3,4\n"5",6\n')
     assert scanned(path) == [2, {"x": "3", "y": "4"}, {"x": "5", "y": "6"}]
+
+
+def test_a_value_of_a_table_may_be_long(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", f'x,y\n"{"a " * 100_000}",1\n')
+    ((row, _),) = scan_file(path)
+    assert isinstance(row, dict) and len(row["x"]) == 200_000
+
+
+def test_a_folder_without_evaluation_rows_holds_some_out(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", "".join(f'{{"n": "{n}"}}\n' for n in range(20)))
+    entry = {"name": "it", "path": str(tmp_path), "kind": "generate", "prompt": "{{ n }}", "answer": "n"}
+    (task,) = build_tasks(OwnEntry.model_validate(entry), 0)
+    assert len(task.examples("train")) == 18 and len(task.examples("eval")) == 2
+    write(tmp_path / "valid.jsonl", '{"n": "of its own"}\n')
+    (task,) = build_tasks(OwnEntry.model_validate(entry), 0)
+    assert [example.answer for example in task.examples("eval")] == ["of its own"]
+
+
+def test_what_goes_with_a_folder_is_refused_for_a_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", '{"n": "1"}\n')
+    entry = {"name": "it", "path": str(path), "kind": "generate", "prompt": "{{ n }}", "answer": "n"}
+    with pytest.raises(PemlError, match=r"tasks\[it\]: `split` goes with a folder or a Hub id, not with the file"):
+        build_tasks(OwnEntry.model_validate(entry | {"split": {"eval": "test"}}), 0)
 
 
 def test_a_file_that_cannot_be_read_at_all_is_one_problem(tmp_path: Path) -> None:

@@ -147,6 +147,13 @@ def test_what_is_missing_is_listed(tmp_path: Path) -> None:
         ),
         ("commonsense", "piqa", "piqa/train-labels.lst", "1\n", r"labels\.lst has 1 answers, but .* has 2 rows"),
         ("commonsense", "piqa", "piqa/train-labels.lst", "1\n2\n", r"jsonl:2: .* \(IndexError: answer 3 of 2\)"),
+        (
+            "commonsense",
+            "arc_easy",
+            "ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-Train.jsonl",
+            '{"question": {"stem": "Q", "choices": [{"text": "a", "label": "A"}]}, "answerKey": "E"}\n',
+            r"jsonl:1: the row is not as it is published \(ValueError",
+        ),
         ("commonsense_instruct", "piqa", "piqa/train.json", '[{"instruction": "x"}]', r"json:1: .*Answer format"),
         (
             "mmlu",
@@ -249,6 +256,19 @@ def test_shots_stand_in_front_in_the_same_words(folders: dict[str, Path]) -> Non
         replace(task, few_shot=6).examples("eval")
     with pytest.raises(PemlError, match="task 'virology': `few_shot` must not be negative"):
         replace(task, few_shot=-1)
+
+
+def test_shots_of_the_hub_have_a_split_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load(path: str, config: str | None, *, split: str, revision: str | None) -> Any:
+        row = {"question": f"From {split}?", "subject": config, "choices": ["a", "b", "c", "d"], "answer": 2}
+        return datasets.Dataset.from_list([row])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    (example,) = replace(task_of("mmlu", "virology", None), few_shot=1).examples("eval")
+    options = "\nA. a\nB. b\nC. c\nD. d\nAnswer:"
+    assert example.prompt == f"From dev?{options} C\n\nFrom test?{options}"
 
 
 def test_training_rows_that_are_shown_are_not_trained_on(folders: dict[str, Path]) -> None:
@@ -363,6 +383,9 @@ def test_metrics_that_cannot_be_are_refused() -> None:
     none = replace(task, score=(), metrics=("accuracy/x",), group="part")
     with pytest.raises(PemlError, match="task 'cola': no row belongs to a group"):
         measure(none, ["yes"], [Example("cola", "p", "yes", ("no", "yes"), "o", group="y")])
+    misspelt = replace(task, score=(), metrics=("accuracy/x", "accuracy"), group="part")
+    with pytest.raises(PemlError, match=r"task 'cola': no row belongs to a group that its score \('accuracy/x',\)"):
+        measure(misspelt, ["yes"], [Example("cola", "p", "yes", ("no", "yes"), "o", group="y")])
 
 
 def test_a_task_counts_the_mean_of_its_score_metrics() -> None:

@@ -229,6 +229,22 @@ def test_labels_map_raw_values_of_any_plain_type(raw: Any, key: Any) -> None:
     assert ask({"text": "t", "team": raw}, labels={key: "billing"}).answer == "billing"
 
 
+def test_templates_may_ask_whether_a_field_is_null() -> None:
+    for template in (
+        "{% if note %}x{% else %}y{% endif %}",
+        "{{ 'y' if note is none else 'x' }}",
+        "{{ 'y' if note == none else 'x' }}",
+        "{{ note or 'y' }}",
+        "{{ note | default('y', true) }}",
+    ):
+        assert ask(prompt=template).prompt == "y"
+    assert ask(prompt="{{ row | tojson }}").prompt.count("null") == 1
+
+
+def test_an_answer_may_be_a_template_of_statements_alone() -> None:
+    assert ask(answer="{% if sure %}hardware{% else %}billing{% endif %}").answer == "hardware"
+
+
 def test_choices_may_come_from_the_row() -> None:
     row = {"text": "t", "ends": ["run", "eat"], "label": 1, "table": {"A": "x", "B": "y"}, "key": "B"}
     picked = ask(row, choices="ends", answer="{{ ends[label] }}", labels={})
@@ -288,6 +304,11 @@ def test_templates_reach_odd_names_and_nested_fields() -> None:
             {},
             r"answer '7' is not among the choices \['billing', .* with `labels`",
         ),
+        ({"text": "t", "team": float("nan")}, {}, r"the answer \('team'\) is empty"),
+        (TICKET, {"prompt": "{{ text.title }}"}, "there is no such field, only Python's own 'title'"),
+        ({"text": None, "team": "1"}, {"prompt": "Q: {{ text | trim }}"}, r"it asks for is empty \(null\)"),
+        ({"text": float("nan"), "team": "1"}, {"prompt": "{{ 'Q: ' ~ text }}"}, r"it asks for is empty \(null\)"),
+        ({"text": b"t", "team": "1"}, {}, "holds bytes, not a text"),
         ({"text": "t", "team": -1}, {}, "the answer '-1' is not among the choices"),
         ({"text": "t", "team": None}, {}, r"the answer \('team'\) is empty"),
         ({"text": "t", "team": " "}, {}, r"the answer \('team'\) is empty"),
@@ -332,6 +353,7 @@ def test_bad_rows_are_named_with_origin_and_task(row: dict[str, Any], fields: di
             {"labels": {"0": "sales"}},
             r"`labels` maps '0' to 'sales', which is not among the choices \['billing'",
         ),
+        ({"labels": {"A": "billing", "a": "hardware"}}, "`labels` maps 'a' to 'billing' and to 'hardware'; case does"),
         ({"metrics": ("bleu",)}, "`metrics` has 'bleu', which is unknown; choose from accuracy, exact_match"),
         ({"metrics": "rouge"}, "`metrics` has 'rouge'"),
         (

@@ -117,6 +117,8 @@ def measure(task: Task, predictions: Sequence[str], examples: Sequence[Example])
     names = [name for name in task.metrics if "/" not in name or name.partition("/")[2] in there]
     if not names:
         raise PemlError(f"task {task.name!r}: no row belongs to a group that its metrics {task.metrics} measure")
+    if not set(names) & set(task.score):
+        raise PemlError(f"task {task.name!r}: no row belongs to a group that its score {task.score} is made of")
     try:
         values = {name: compute(name, answers) for name in names}
     except PemlError as error:

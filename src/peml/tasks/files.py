@@ -16,6 +16,9 @@ from peml.errors import PemlError
 
 Row = dict[str, Any]
 Rows = Sequence[tuple[Row, str]]
+LONGEST_FIELD = 2**31 - 1
+"""Characters of one value of a table; more does not fit into C's `long` everywhere."""
+
 Item = tuple[Row | PemlError, str]
 """A row or what is wrong with it, and where it is: `path:line`, or the path alone."""
 
@@ -163,7 +166,8 @@ def _read_json(path: Path) -> Iterator[Item]:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         origin = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
-        yield PemlError(f"{origin}: the file is not valid JSON ({error})"), origin
+        lines = "; for one object per line use the suffix .jsonl" if "Extra data" in str(error) else ""
+        yield PemlError(f"{origin}: the file is not valid JSON ({error}){lines}"), origin
         return
     if not isinstance(rows, list):
         message = "the file must be a list of objects; for one object per line use the suffix .jsonl"
@@ -207,6 +211,8 @@ class _Tape:
 
 
 def _read_table(path: Path, **dialect: Any) -> Iterator[Item]:
+    # The module's own limit, 131,072 characters, is for all readers of the process; documents are longer.
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_FIELD))
     tape = _Tape(path)
     header: list[str] = []
     reader = csv.reader(tape, strict=True, **dialect)

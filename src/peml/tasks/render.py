@@ -4,21 +4,47 @@ import math
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, UndefinedError
+from jinja2 import StrictUndefined, Template, Undefined, UndefinedError
 from jinja2.sandbox import SandboxedEnvironment
 
 from peml.errors import PemlError
 from peml.tasks.files import Row
 
+_EMPTY = "a field that it asks for is empty (null)"
+
+
+class _Null(Undefined):
+    """A field that is null: false and equal to none, but no text, not even for a filter."""
+
+    __str__ = __iter__ = __len__ = Undefined._fail_with_undefined_error
+
+    def __eq__(self, other: object) -> bool:
+        return other is None or isinstance(other, _Null)
+
+    def __hash__(self) -> int:
+        return hash(None)
+
+
+_NULL = _Null(hint=_EMPTY)
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
 
 def _present(value: Any) -> Any:
-    # Jinja would write "None" and "nan" into the prompt, and the model would be trained on that.
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise UndefinedError("a field that it asks for is empty (null)")
+    # Jinja would write "None", "nan" and Python's names of things into the prompt, and the model would learn that.
+    if _is_null(value):
+        raise UndefinedError(_EMPTY)
+    if isinstance(value, bytes):
+        raise UndefinedError("a field that it asks for holds bytes, not a text")
+    if callable(value) and not isinstance(value, Undefined):
+        raise UndefinedError(f"there is no such field, only Python's own {getattr(value, '__name__', value)!r}")
     return value
 
 
 _JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False, finalize=_present)
+_JINJA.tests["none"] = lambda value: value is None or isinstance(value, _Null)
 
 
 @lru_cache(maxsize=1024)
@@ -30,10 +56,11 @@ def compiled(source: str) -> Template:
 def render(template: str, row: Row, where: str) -> str:
     """The template filled in with the fields of a row, which `row` holds too."""
     try:
-        return compiled(template).render({"row": row, **row})
+        fields = {name: _NULL if _is_null(value) else value for name, value in row.items()}
+        return compiled(template).render({"row": row, **fields})
     except UndefinedError as error:
-        fields = ", ".join(map(str, row)) or "none"
-        raise PemlError(f"{where} asks for what the row lacks ({error}); its fields are: {fields}") from error
+        known = ", ".join(map(str, row)) or "none"
+        raise PemlError(f"{where} asks for what the row lacks ({error}); its fields are: {known}") from error
     except Exception as error:  # a template is the user's code and may fail in any way
         raise PemlError(f"{where} cannot be filled in for this row ({type(error).__name__}: {error})") from error
 
@@ -47,10 +74,10 @@ def field_of(row: Row, name: str, where: str) -> Any:
 
 
 def as_text(value: Any, where: str) -> str:
-    """A plain value as text; null is empty."""
+    """A plain value as text; null is empty, and so is NaN, which stands for it in tables."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if value is None:
+    if _is_null(value):
         return ""
     if isinstance(value, str | int | float):
         return str(value).strip()

@@ -44,7 +44,7 @@ class Task:
             templates, a training row takes one by a draw that depends on nothing but the row, and evaluation the
             first (our choice: scores stay comparable). Without it, and without `answer`, rows are as TRL has them: see
             `peml.tasks.conversation`.
-        answer: name of the field with the answer, or a Jinja template if it contains `{{`.
+        answer: name of the field with the answer, or a Jinja template if it contains `{{` or `{%`.
         texts: Jinja templates of what an encoder reads, one or a pair; none: the prompt as a whole.
         choices: the options; or the name of the field that holds those of each row (a list or a mapping).
         labels: raw answer, in lower case -> choice: `{"0": "negative", "1": "positive"}`, `{"true": "yes"}`.
@@ -215,7 +215,7 @@ class Task:
         return value, f"{value:.1f}"
 
     def _answer(self, template: str, row: Row, where: str) -> str:
-        if "{{" in template:
+        if "{{" in template or "{%" in template:
             return render(template, row, f"{where}: `answer`").strip()
         return as_text(field_of(row, template, f"{where}: `answer`"), f"{where}: field {template!r}")
 
@@ -263,7 +263,13 @@ class Task:
         return choices
 
     def _checked_labels(self) -> dict[str, str]:
-        labels = {as_text(raw, f"task {self.name!r}: `labels`").lower(): str(to) for raw, to in self.labels.items()}
+        labels: dict[str, str] = {}
+        for raw, to in self.labels.items():
+            key = as_text(raw, f"task {self.name!r}: `labels`").lower()
+            if labels.setdefault(key, str(to)) != str(to):
+                raise self._mistake(
+                    "labels", f"maps {key!r} to {labels[key]!r} and to {str(to)!r}; case does not count"
+                )
         for raw, choice in labels.items():
             if isinstance(self.choices, tuple) and choice not in self.choices:
                 known = _listed(self.choices)

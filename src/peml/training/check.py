@@ -22,6 +22,9 @@ from peml.tasks.files import Row
 from peml.training.lengths import Lengths, Reader, load_reader, measure
 from peml.training.recipe import Recipe, load_recipe
 
+Asked = dict[tuple[str, str], str]
+"""Origin and question of a row -> the question by the first template."""
+
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
@@ -149,14 +152,15 @@ def check_task(task: Task, reader: Reader | None = None) -> TaskCheck:
         except PemlError as error:
             found.add(error)
             reader = None
-    examples = _examples(task, found)
+    asked: Asked = {}
+    examples = _examples(task, found, asked)
     found.rows = {split: len(rows) for split, rows in examples.items()}
     if not found.problems:
         for split, use in (("train", "training"), ("eval", "evaluation")):
             if not found.rows[split]:
                 found.add(PemlError(f"task {task.name!r} has no {use} rows: give it some or leave it out"))
     found.answers = {split: _answers(task, rows) for split, rows in examples.items() if rows}
-    _compare(examples["train"], examples["eval"], found)
+    _compare(examples["train"], examples["eval"], found, asked)
     for split, rows in examples.items():
         if reader is not None and rows:
             _measure(task, split, rows, reader, found)
@@ -164,9 +168,13 @@ def check_task(task: Task, reader: Reader | None = None) -> TaskCheck:
     return found
 
 
-def _examples(task: Task, found: TaskCheck) -> dict[Split, list[Example]]:
-    """The examples of each split as they are trained and measured on; rows that limits leave out are looked at too."""
+def _examples(task: Task, found: TaskCheck, asked: Asked) -> dict[Split, list[Example]]:
+    """The examples of each split as they are trained and measured on; rows that limits leave out are looked at too.
+
+    Training rows that are asked by another template than the first are noted in `asked`, as the first would ask them.
+    """
     own = task.source.has_eval
+    first = dataclasses.replace(task, prompt=task.prompts[0]) if len(task.prompts) > 1 else None
     readable = {use: list(_readable(task, use, found)) for use in (SPLITS if own else SPLITS[:1])}
     chosen: dict[Split, set[int]] = {}
     for split in SPLITS:
@@ -189,6 +197,8 @@ def _examples(task: Task, found: TaskCheck) -> dict[Split, list[Example]]:
                 found.add(error, origin)
             else:
                 examples[split] += [example] * wanted
+                if first is not None and split == "train" and wanted:
+                    asked[example.origin, example.question] = first.example(row, origin, split).question
     return _with_shots(task, examples, found)
 
 
@@ -226,19 +236,19 @@ def _answers(task: Task, examples: Sequence[Example]) -> dict[str, float]:
     return {choice: counts[choice] for choice in order}
 
 
-def _compare(train: Sequence[Example], evaluation: Sequence[Example], found: TaskCheck) -> None:
+def _compare(train: Sequence[Example], evaluation: Sequence[Example], found: TaskCheck, asked: Asked) -> None:
     """Rows that ask the same, up to case and spacing."""
     first: dict[str, Example] = {}
     answers: dict[str, set[str]] = {}
     pairs: dict[str, list[tuple[Example, Example]]] = {"repeated": [], "contradictory": [], "leaked": []}
     for example in train:
-        key, answer = _asked(example), _plain(example.answer)
+        key, answer = _asked(example, asked), _plain(example.answer)
         if key in answers:
             kind = "repeated" if answer in answers[key] else "contradictory"
             pairs[kind].append((example, first[key]))
         first.setdefault(key, example)
         answers.setdefault(key, set()).add(answer)
-    pairs["leaked"] = [(example, first[key]) for example in evaluation if (key := _asked(example)) in first]
+    pairs["leaked"] = [(example, first[key]) for example in evaluation if (key := _asked(example, {})) in first]
     found.duplicates = {kind: len(some) for kind, some in pairs.items()}
     sentences = {
         "repeated": "training rows repeat another one",
@@ -254,9 +264,10 @@ def _compare(train: Sequence[Example], evaluation: Sequence[Example], found: Tas
         found.notes.append(f"no training row answers {', '.join(map(repr, unseen))}")
 
 
-def _asked(example: Example) -> str:
-    # Of several templates for the prompt a row has one or another; its texts stay.
-    return _plain("\n".join((*(example.texts or (example.question,)), *example.choices)))
+def _asked(example: Example, asked: Asked) -> str:
+    # Of several templates for the prompt a training row has one or another, and those of evaluation the first.
+    question = asked.get((example.origin, example.question), example.question)
+    return _plain("\n".join((*(example.texts or (question,)), *example.choices)))
 
 
 def _plain(text: str) -> str:
@@ -275,6 +286,11 @@ def _measure(task: Task, split: Split, examples: Sequence[Example], reader: Read
     if split == "eval" and measured.unwritable:
         few = f"`max_new_tokens` {task.max_new_tokens}"
         found.notes.append(f"{measured.unwritable:,} eval answers are longer than {few}: they cannot be written")
+    if measured.outdone:
+        found.notes.append(
+            f"{measured.outdone:,} {split} rows cannot be answered right: another choice is the beginning of the right "
+            "one, and never less likely; reword the choices, or set `length_normalization`"
+        )
 
 
 def _score(task: Task, examples: Sequence[Example], found: TaskCheck) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from peml.errors import PemlError
 from peml.tasks import FileSource, HubSource, Task, suite_tasks
-from peml.tasks.files import READERS
+from peml.tasks.files import READERS, split_files
 
 
 def _text(item: Any) -> str:
@@ -150,6 +150,11 @@ def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
     held_out = entry.eval_fraction
     source: FileSource | HubSource
     if is_file or entry.eval_path is not None:
+        if idle := [key for key in ("subset", "split", "revision") if getattr(entry, key)]:
+            raise PemlError(
+                f"tasks[{entry.name}]: `{idle[0]}` goes with a folder or a Hub id, not with the file {entry.path}: "
+                "leave it out, and give evaluation rows as `eval_path`"
+            )
         if held_out is None and entry.eval_path is None:
             held_out = 0.1
         source = FileSource(
@@ -159,7 +164,9 @@ def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
             **limits,
         )
     else:
-        evaluation = None if held_out else entry.split.get("eval", "validation")
+        evaluation: str | None = entry.split.get("eval", "validation")
+        if held_out or ("eval" not in entry.split and _has_train_alone(entry, path)):
+            evaluation, held_out = None, held_out or 0.1
         source = HubSource(
             path=path,
             name=entry.subset,
@@ -191,6 +198,20 @@ def build_tasks(entry: SuiteEntry | OwnEntry, seed: int) -> list[Task]:
             source=source,
         )
     ]
+
+
+def _has_train_alone(entry: OwnEntry, path: str) -> bool:
+    """Whether a local folder has training rows, and nothing that `datasets` might take for validation rows."""
+    folder = Path(path, entry.subset or "")
+    places = [place for place in (folder, folder / "data") if place.is_dir()]
+    names = [found.name.lower() for place in places for found in place.iterdir()]
+    # A data set's card may name files of any name.
+    if any("val" in name or "dev" in name or name == "readme.md" for name in names):
+        return False
+    try:
+        return bool(split_files(folder, entry.split.get("train", "train")))
+    except PemlError:  # reading the rows says so too, where a check lists it
+        return False
 
 
 def _label(value: Any) -> str:

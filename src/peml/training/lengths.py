@@ -13,7 +13,7 @@ from peml.errors import PemlError
 from peml.evaluation.scoring import ENCODE_CHOICES
 from peml.tasks import Example, Form, Split, Task, encode_prompts
 from peml.tasks.encode import Encoded, token_counts
-from peml.tasks.script import count_tokens
+from peml.tasks.script import count_tokens, tokenize
 from peml.training.arguments import one_line
 from peml.training.data import ENCODE
 from peml.training.recipe import Recipe
@@ -51,6 +51,7 @@ class Lengths:
         median, most, longest: of the rows; 95 % have at most `most`.
         cut: rows that lose text to `max_length`.
         unwritable: answers longer than the tokens that may be generated.
+        outdone: rows whose right choice begins with the tokens of another, which is as likely or likelier by itself.
     """
 
     median: int
@@ -58,6 +59,7 @@ class Lengths:
     longest: int
     cut: int
     unwritable: int = 0
+    outdone: int = 0
 
 
 def load_reader(recipe: Recipe) -> Reader:
@@ -107,7 +109,20 @@ def measure(
         return None, list(problems.items())
     lengths = [row for _, row, _ in counts]
     median, most, longest = (int(value) for value in np.percentile(lengths, (50, 95, 100), method="higher"))
-    return Lengths(median, most, longest, cut, unwritable), list(problems.items())
+    outdone = _outdone(task, examples, reader) if split == "eval" else 0
+    return Lengths(median, most, longest, cut, unwritable, outdone), list(problems.items())
+
+
+def _outdone(task: Task, examples: Sequence[Example], reader: Reader) -> int:
+    # Choices are scored without an end token by language models, and with one by encoder-decoders.
+    if reader.form != "causal" or task.length_normalization:
+        return 0
+    texts = sorted({choice for example in examples for choice in example.choices})
+    ids = dict(zip(texts, tokenize(reader.tokenizer, [f" {text}" for text in texts]), strict=True))
+    return sum(
+        any(choice != e.answer and ids[e.answer][: len(ids[choice])] == ids[choice] for choice in e.choices)
+        for e in examples
+    )
 
 
 def _counts(

@@ -162,7 +162,7 @@ class SuiteSource(Source):
         rows = self.read("shots")
         if len(rows) < count:
             raise PemlError(f"{self}: `few_shot` must be at most {len(rows)}, the examples there are, not {count}")
-        return rows[:count]
+        return [rows[number] for number in range(count)]
 
     def read(self, use: str) -> Rows:
         """All rows for `train`, `eval` or `shots`."""
@@ -216,7 +216,7 @@ def _expanded(rows: Iterable[tuple[Row, str]], expand: Expand | None) -> Iterato
             continue
         try:
             made = expand(row)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise PemlError(f"{origin}: the row is not as it is published ({type(error).__name__}: {error})") from error
         yield from ((one, origin) for one in made)
 
