@@ -52,7 +52,7 @@ def evaluate_tasks(
             raise PemlError(f"task {name!r} has no examples to evaluate on; give it some or leave it out")
     results = {}
     for name, examples in examples_by_task.items():
-        advance = _advance(progress, tasks[name], examples)
+        advance = _advance(progress, tasks[name], examples, form)
         if form == "heads":
             predictions, loss = head_answers(
                 model, tokenizer, examples, max_length=max_length, batch_size=batch_size, progress=advance
@@ -167,10 +167,10 @@ def _answers(
     return predictions, -gain / tokens
 
 
-def _advance(progress: Progress | None, task: Task, examples: Sequence[Example]) -> Advance | None:
+def _advance(progress: Progress | None, task: Task, examples: Sequence[Example], form: Form) -> Advance | None:
     if progress is None:
         return None
-    # A generated answer costs two passes: one for its loss, one to write it.
-    total = sum(len(example.choices) or 2 for example in examples)
+    # Heads read a row once; a generated answer costs two passes: one for its loss, one to write it.
+    total = len(examples) if form == "heads" else sum(len(example.choices) or 2 for example in examples)
     line = progress.add_task(task.name, total=total)
     return lambda count: progress.advance(line, count)

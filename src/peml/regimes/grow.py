@@ -84,6 +84,11 @@ def _attached(bench: Workbench, source: RunFolder, how: Grow) -> PeftModel:
         else:
             tuner.add_task(name, how.init, wanted.num_labels[at], wanted.scale_of(at))
     if how.freeze == "shared":
+        if not tuner.per_task_parameters():
+            raise PemlError(
+                "all parameters of this adapter are shared by its tasks: none would be left to train with --freeze "
+                "shared; add --freeze none, which trains everything on the rows of all tasks"
+            )
         tuner.freeze_shared()
     return model
 
@@ -123,8 +128,10 @@ def grown_recipe(run: str | Path, added: str | Path, freeze: str, init: str = "i
     count = len(names)
     settings |= {key: given[key] for key in ("mixing", "balance") if given.get(key) is not None}
     changed = given.get("train") or {}
+    # The step that was kept was chosen by the old tasks, which may not change any more.
+    dropped = {"output_dir", "metric_for_best_model", "early_stopping_patience", "load_best_model_at_end"}
     # A training that is now counted in epochs is no longer counted in steps.
-    dropped = {"output_dir"} | ({"max_steps"} if "num_train_epochs" in changed else set())
+    dropped |= {"max_steps"} if "num_train_epochs" in changed else set()
     settings["train"] = {k: v for k, v in settings["train"].items() if k not in dropped} | changed
     settings["tasks"] = [*settings["tasks"], *given["tasks"]]
     settings.pop("regime", None)
