@@ -14,7 +14,7 @@ from transformers import BertForMaskedLM, BertModel, LlamaModel, PreTrainedModel
 import peml
 import zoo
 from models import TASKS, adapt, assert_same, gradients, shake
-from peml import PemlError
+from peml import PemlError, routing
 from peml.heads import Heads, apart, pooled
 from peml.inspection import inspect_folder
 
@@ -264,6 +264,7 @@ def test_what_heads_cannot_do_is_said() -> None:
         model(**given, tasks="mnli")
     with pytest.raises(PemlError, match="one task per row, not one per token"):
         model(**given, tasks=[["rte"] * 6] * 4)
+    assert routing.current() is None
     with pytest.raises(PemlError, match="BertForMaskedLM has a head of its own"):
         adapt(BertForMaskedLM(zoo.FAMILIES["bert"].config()), adapter=peml.LoRA(r=2), heads=HEADS)
     with pytest.raises(PemlError, match="T5Model is an encoder-decoder"):

@@ -139,15 +139,17 @@ class ForwardHooks:
         return (), attention.fronted(module, dict(zip(arguments, args, strict=False)) | kwargs, forward.front)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Close what `enter` opened."""
+        """Close what `enter` opened, and let the heads answer."""
         forward = routing.current()
-        if forward is not None and forward.model is module and output is not None:
-            self.opener.close_forward(forward)
-            if forward.front is not None and not self._encodes_first():
-                length, classes = kwargs["inputs_embeds"].shape[1], getattr(self.model.config, "num_labels", None)
-                output = attention.shortened(output, length, forward.front.shape[1], classes)
-            output = self.opener.answer(forward, output, self._text_mask(forward, args, kwargs))
-        routing.leave(module)
+        try:
+            if forward is not None and forward.model is module and output is not None:
+                self.opener.close_forward(forward)
+                if forward.front is not None and not self._encodes_first():
+                    length, classes = kwargs["inputs_embeds"].shape[1], getattr(self.model.config, "num_labels", None)
+                    output = attention.shortened(output, length, forward.front.shape[1], classes)
+                output = self.opener.answer(forward, output, self._text_mask(forward, args, kwargs))
+        finally:
+            routing.leave(module)
         return output
 
     def generate(self, *args: Any, tasks: Tasks | None = None, **kwargs: Any) -> Any:
