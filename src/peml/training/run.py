@@ -207,16 +207,16 @@ def _trainer(
         )
         trainer.create_optimizer_and_scheduler(num_training_steps=max(1, arguments.max_steps))
         trainer.get_train_dataloader()
-    except PemlError:
-        raise
     except Exception as error:  # these values are checked deep inside, with errors of every type
-        raise PemlError(f"train: {one_line(error)}") from error
-    finally:
-        # transformers makes its folder when it is built, which is too early for us.
+        # transformers makes its folder when it is built, which was too early. After a success it stays: another
+        # process may be about to make its own in it.
         for path, before in zip((Path(arguments.output_dir), Path(arguments.output_dir).parent), existed, strict=True):
             if not before:
                 with suppress(OSError):  # it holds something, or another process was first
                     path.rmdir()
+        if isinstance(error, PemlError):
+            raise
+        raise PemlError(f"train: {one_line(error)}") from error
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.remove_callback(PrinterCallback)
     return trainer
