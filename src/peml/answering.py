@@ -78,17 +78,17 @@ class Answering(Attached):
         rows = output[0].shape[0]
         return answered(heads, output, mask, forward.route.rows(rows, output[0].device), forward.second)
 
-    def split_pairs(
-        self, call: dict[str, Any], tasks: Tasks | None
-    ) -> tuple[dict[str, Any], Tasks | None, Tensor | None]:
-        """A call and its tasks with the second text of every pair in a row of its own, if heads want them apart.
+    def reads_apart(self) -> bool:
+        """Whether the texts of a pair are to be read apart."""
+        heads = self._head()
+        return heads is not None and heads.config.pairs == "apart"
+
+    def split_pairs(self, call: dict[str, Any], tasks: Tasks | None) -> tuple[dict[str, Any], Tasks | None, Tensor]:
+        """A call and its tasks with the second text of every pair in a row of its own.
 
         Returns:
-            The call, its tasks, and the rows that are pairs; None: nothing is taken apart.
+            The call, its tasks, and the rows that are pairs.
         """
-        heads = self._head()
-        if heads is None or heads.config.pairs != "apart":
-            return call, tasks, None
         ids = call.get("input_ids")
         route = self._route(tasks, None if ids is None else ids.shape[0])
         if route is not None:

@@ -50,10 +50,11 @@ class Opener(Protocol):
     def answer(self, forward: Forward, output: Any, mask: Tensor | None) -> Any:
         """A model's output, with the logits of the heads if there are any."""
 
-    def split_pairs(
-        self, call: dict[str, Any], tasks: Tasks | None
-    ) -> tuple[dict[str, Any], Tasks | None, Tensor | None]:
-        """A call and its tasks with the second text of every pair in a row of its own, if heads want them apart."""
+    def reads_apart(self) -> bool:
+        """Whether the texts of a pair are to be read apart."""
+
+    def split_pairs(self, call: dict[str, Any], tasks: Tasks | None) -> tuple[dict[str, Any], Tasks | None, Tensor]:
+        """A call and its tasks with the second text of every pair in a row of its own."""
 
 
 _REPLACED = ("generate", "generate_batch", "init_continuous_batching")
@@ -94,10 +95,10 @@ class ForwardHooks:
         """Take `tasks=` from the call and open its `Forward`, unless `generate` has opened one around it."""
         tasks, input_mask = kwargs.pop("tasks", None), kwargs.pop("input_mask", None)
         input_mask = None if input_mask is None else torch.as_tensor(input_mask)
-        named = dict(zip(self.arguments, args, strict=False)) | kwargs
-        call, tasks, second = self.opener.split_pairs(named, tasks)
-        if second is not None:
-            args, kwargs = (), call
+        second: Tensor | None = None
+        if self.opener.reads_apart():
+            named = dict(zip(self.arguments, args, strict=False)) | kwargs
+            args, (kwargs, tasks, second) = (), self.opener.split_pairs(named, tasks)
         # Before anything is computed: soft tokens are run through the attention as well.
         attention.engage(module)
         forward, rows = routing.surrounding(module, self.opener.adapter_in_force), self._rows(args, kwargs)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from peml.attention import evaluating
-from peml.evaluation.scoring import Advance, _batches, _pad_id, _padded
+from peml.evaluation.scoring import Advance, _batches, _padded, pad_id
 from peml.tasks.encode_heads import encode_heads
 from peml.tasks.example import Example
 
@@ -42,7 +42,7 @@ def head_answers(
             width = max(len(row.input_ids) for row in rows)
             tasks = [names.index(examples[i].task) for i in picked]
             batch: dict[str, Any] = {
-                "input_ids": _padded([row.input_ids for row in rows], width, _pad_id(tokenizer), device),
+                "input_ids": _padded([row.input_ids for row in rows], width, pad_id(tokenizer), device),
                 "attention_mask": _padded([[1] * len(row.input_ids) for row in rows], width, 0, device),
             }
             if rows[0].token_type_ids is not None:

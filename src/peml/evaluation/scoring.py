@@ -81,7 +81,7 @@ def log_likelihoods(
     progress: Advance | None = None,
 ) -> list[float]:
     """Sum of the log-probabilities of each sequence's labelled tokens; `tasks` names the task of each."""
-    pad = _pad_id(tokenizer)
+    pad = pad_id(tokenizer)
     device = next(model.parameters()).device
     scores = [0.0] * len(encoded)
     keeps_logits = _accepts_logits_to_keep(model)
@@ -166,7 +166,7 @@ def generate_answers(
         "no_repeat_ngram_size": 0,
         "encoder_no_repeat_ngram_size": 0,
         "eos_token_id": ends or None,
-        "pad_token_id": _pad_id(tokenizer),
+        "pad_token_id": pad_id(tokenizer),
         "stopping_criteria": StoppingCriteriaList([_AtNewline(tokenizer)] if one_line else []),
     }
     generate: Callable[..., Any] = getattr(model, "generate")  # noqa: B009  (nn.Module does not declare it)
@@ -175,7 +175,7 @@ def generate_answers(
         for picked in _batches([len(prompt) for prompt in prompts], batch_size):
             width = max(len(prompts[i]) for i in picked)
             output = generate(
-                input_ids=_padded([prompts[i] for i in picked], width, _pad_id(tokenizer), device, left=goes_on),
+                input_ids=_padded([prompts[i] for i in picked], width, pad_id(tokenizer), device, left=goes_on),
                 attention_mask=_padded([[1] * len(prompts[i]) for i in picked], width, 0, device, left=goes_on),
                 **settings,
                 **({"tasks": [examples[i].task for i in picked]} if tasks_kwarg else {}),
@@ -222,7 +222,7 @@ def _bare(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any token will do where the attention mask hides it."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
 

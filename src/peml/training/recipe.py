@@ -82,7 +82,7 @@ class Recipe(Section):
         regime: how the parts are trained, by name or with settings; None: as the method says.
         train: names of `TrainingArguments`, and `dtype`, `attn_implementation`, `max_length`,
             `prompt_learning_rate`, `task_prompt_learning_rate`, `architecture_learning_rate`, `head_learning_rate`,
-            `finetune_fraction`.
+            `probe_rows`, `finetune_fraction`, `early_stopping_patience`, `early_stopping_threshold`.
         evaluate_before: measure the base model too, before training.
     """
 

@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.evaluation import evaluate_tasks, measure
+from peml.evaluation.scoring import pad_id
 from peml.heads import Heads
 from peml.tasks import Example, Form, Task, encode_choices, encode_prompts
 from peml.tasks.encode_heads import check_heads, encode_heads
@@ -72,9 +73,8 @@ class Workbench:
 
     @property
     def pad_token_id(self) -> int:
-        """What fills rows; any token will do where the attention mask hides it."""
-        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        return next((token for token in ids if isinstance(token, int)), 0)
+        """What fills rows."""
+        return pad_id(self.tokenizer)
 
     def config(self) -> PemlConfig:
         """The adapter's configuration: the recipe's, with a head per task if the model is an encoder.
