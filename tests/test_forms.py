@@ -12,7 +12,7 @@ import torch
 import yaml
 from peft import get_peft_model
 from safetensors.torch import load_file
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tokenizers import processors
@@ -36,7 +36,7 @@ from peml.tasks.encode_seq2seq import encode_seq2seq, encode_seq2seq_choices
 from peml.training.data import Collator, TaskRows, call_of
 from peml.training.folder import RunFolder
 from peml.training.loss import balanced, by_task, row_counts, row_losses
-from peml.training.probing import probe_heads
+from peml.training.probing import INVERSE_STRENGTHS, probe_heads
 from peml.training.recipe import load_recipe
 from peml.training.run import open_run, train
 from peml.training.trainer import MultiTaskTrainer
@@ -215,6 +215,8 @@ def settings(folder: Path, kind: str, **changes: Any) -> Path:
         count.pop("choices")
         count.pop("labels")
         data["tasks"] = [size, color, count]
+        # Heads begun as regressions have nothing left to learn of these rows.
+        data["train"] |= {"probe_rows": 0, "head_learning_rate": 1e-2}
     data |= {"method": "mtl-lora", "set": {"adapter.r": 4}}
     data["train"] |= {"learning_rate": 1e-2, "max_steps": 60, "save_steps": 30}
     data |= changes
@@ -235,7 +237,7 @@ def test_a_recipe_trains_an_encoder_and_an_encoder_decoder(tmp_path: Path, kind:
     assert form_of(bench.model) == {"bert": "heads", "t5": "seq2seq"}[kind]
     assert bench.evaluate(model) == metrics["after"]
     if kind == "bert":
-        assert metrics["parameters"]["heads"] == 3 * 2 * 25
+        assert metrics["parameters"]["heads"] == 3 * 2 * (2 * 24 + 1)
         assert metrics["after"]["count"]["pearson"] > 0.5
         config = model.peft_config["default"]
         lengths = [len(row["text"]) for row in rows(60, seed=1)]
@@ -248,6 +250,8 @@ def test_heads_begin_as_regressions_on_what_the_encoder_says(tmp_path: Path) -> 
     bench = prepare(load_recipe(path))
     model = get_peft_model(bench.model, bench.config()).eval()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    object.__setattr__(bench.recipe, "train", bench.recipe.train | {"probe_rows": 60})
+    assert model.peft_config["default"].heads.layers == (1, 2)
     probe_heads(model, bench, ["size", "count"])
     for name, examples in bench.train.items():
         rows = encode_heads(bench.tokenizer, examples, bench.max_length)
@@ -257,11 +261,17 @@ def test_heads_begin_as_regressions_on_what_the_encoder_says(tmp_path: Path) -> 
         logits = torch.cat([output.logits for output in outputs]).double()
         targets = [row.target for row in rows]
         if name == "size":
-            fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.003, max_iter=300)).fit(features, targets)
-            wanted = torch.from_numpy(fitted.predict_log_proba(features))
+            fitted = [make_pipeline(StandardScaler(), LogisticRegression(C=c)) for c in INVERSE_STRENGTHS]
+            wanted = [torch.from_numpy(one.fit(features, targets).predict_log_proba(features)) for one in fitted]
+            found = logits.log_softmax(1)
+            chosen = min(range(len(wanted)), key=lambda i: float((wanted[i] - found).abs().max()))
+            # Features that tell the classes apart want little strength.
+            assert INVERSE_STRENGTHS[chosen] == max(INVERSE_STRENGTHS)
+            wanted = wanted[chosen]
             torch.testing.assert_close(logits.log_softmax(1), wanted, rtol=1e-3, atol=1e-4)
         elif name == "count":
-            fitted = make_pipeline(StandardScaler(), Ridge(1 / 0.003)).fit(features, targets)
+            alphas = [1 / strength for strength in INVERSE_STRENGTHS]
+            fitted = make_pipeline(StandardScaler(), RidgeCV(alphas)).fit(features, targets)
             wanted = torch.from_numpy(fitted.predict(features))
             # Penalised in units of the scale, which moves nothing but the penalty's unit.
             torch.testing.assert_close(logits[:, 0], wanted, rtol=1e-3, atol=1e-3)
@@ -285,7 +295,7 @@ def test_a_recipe_reads_pairs_apart_where_the_tokenizer_tells_them_apart(tmp_pat
     bench, model = open_run(run.path)
     assert run.read_metrics()["after"]["color"]["accuracy"] > 0.8
     assert bench.evaluate(model) == run.read_metrics()["after"]
-    assert model.base_model.heads.weight.shape == (3, 2, 4 * 24)
+    assert model.base_model.heads.weight.shape == (3, 2, 2 * 4 * 24)
 
 
 def test_heads_resume_bit_for_bit(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from peft import AutoPeftModelForFeatureExtraction, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import BertForMaskedLM, BertModel, LlamaModel, PreTrainedModel, T5Model
+from transformers import BertForMaskedLM, BertModel, LlamaModel, PreTrainedModel, T5Model, TrainingArguments
 
 import peml
 import zoo
@@ -17,6 +17,7 @@ from models import TASKS, adapt, assert_same, gradients, shake
 from peml import PemlError, routing
 from peml.heads import Heads, apart, pooled
 from peml.inspection import inspect_folder
+from peml.training.trainer import parameter_groups
 
 LABELS = (3, 1, 2)
 HEADS = Heads(num_labels=LABELS, means=(0.0, 2.5, 0.0), scales=(1.0, 1.5, 1.0), dropout=0.0)
@@ -70,13 +71,19 @@ def by_loop(model: PeftModel, given: dict[str, Tensor], tasks: list[str], heads:
             texts = [(part, torch.zeros_like(part)) for part in (ids[types == 0], second if len(second) > 1 else ids)]
         vectors = []
         for text, kinds in texts:
-            words = model(input_ids=text[None], token_type_ids=kinds[None], tasks=name).last_hidden_state[0]
-            vector = {"mean": words.mean(0), "first": words[0], "last": words[-1]}[heads.pooling]
-            vectors.append(vector / vector.square().mean().sqrt())
+            said = model(
+                input_ids=text[None], token_type_ids=kinds[None], tasks=name, output_hidden_states=True
+            ).hidden_states
+            own_vectors = []
+            for layer in heads.layers or (-1,):
+                words = said[layer][0, -len(text) :]  # behind soft tokens
+                vector = {"mean": words.mean(0), "first": words[0], "last": words[-1]}[heads.pooling]
+                own_vectors.append(vector / vector.square().mean().sqrt())
+            vectors.append(own_vectors)
         if heads.pairs == "apart":
-            a, b = vectors
-            vectors = [a, b, (a - b).abs(), a * b]
-        t, text = TASKS.index(name), torch.cat(vectors)
+            both = zip(*vectors, strict=True)
+            vectors = [[part for a, b in both for part in (a, b, (a - b).abs(), a * b)]]
+        t, text = TASKS.index(name), torch.cat(vectors[0])
         if heads.hidden:
             text = torch.tanh(own.hidden_weight[t] @ text + own.hidden_bias[t])
         logits = own.weight[t, : heads.num_labels[t]] @ text + own.bias[t, : heads.num_labels[t]]
@@ -88,10 +95,11 @@ def by_loop(model: PeftModel, given: dict[str, Tensor], tasks: list[str], heads:
 @pytest.mark.parametrize("pairs", ["joined", "apart"])
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("prompt", ["none", "prefix", "soft"])
+@pytest.mark.parametrize("layers", [None, (-1,), (0, -1, 1)])
 def test_heads_equal_a_loop_over_rows_in_outputs_and_gradients(
-    pooling: str, pairs: str, hidden: bool, prompt: str
+    pooling: str, pairs: str, hidden: bool, prompt: str, layers: tuple[int, ...] | None
 ) -> None:
-    heads = Heads(LABELS, pooling, pairs, hidden, 0.0, HEADS.means, HEADS.scales)  # type: ignore[arg-type]
+    heads = Heads(LABELS, pooling, layers, pairs, hidden, 0.0, HEADS.means, HEADS.scales)  # type: ignore[arg-type]
     model, given = built("mtl", prompt, heads), batch()
     output, wanted = model(**given, tasks=ROWS), by_loop(model, given, ROWS, heads)
     for row, answer, name in zip(output.logits, wanted, ROWS, strict=True):
@@ -101,7 +109,7 @@ def test_heads_equal_a_loop_over_rows_in_outputs_and_gradients(
     sum((row[: len(a)] ** 2).sum() for row, a in zip(output.logits, wanted, strict=True)).backward()
     found = gradients(model)
     sum((a**2).sum() for a in wanted).backward()
-    assert_same(found, gradients(model))
+    assert_same(found, gradients(model), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -272,6 +280,8 @@ def test_what_heads_cannot_do_is_said() -> None:
     for heads, message in (
         (Heads((2, 3)), r"heads.num_labels has 2 entries for 3 tasks"),
         (Heads((2, 0, 1)), "must be 1 .a number. or the number of classes"),
+        (Heads(LABELS, layers=(1, 1)), r"heads.layers needs one or more layers, each once, not .1, 1."),
+        (Heads(LABELS, layers=(0, 3)), "heads.layers names layer 3, but BertModel has 0 to 2, and -3 to -1"),
         (Heads(LABELS, dropout=1.0), "heads.dropout must be 0 or more and below 1"),
         (Heads(LABELS, scales=(1.0, 0.0, 1.0)), "heads.scales must be above 0"),
     ):
@@ -337,3 +347,15 @@ def test_dropout_is_drawn_in_training_alone() -> None:
     model.train()
     first = model(**given, tasks=ROWS).logits
     assert not torch.equal(model(**given, tasks=ROWS).logits, first)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_heads_learn_the_slower_the_more_they_see(tmp_path: Path, hidden: bool) -> None:
+    """A step of Adam moves each weight by the rate, and a logit by that times the features."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), learning_rate=0.3)
+    for layers, pairs, seen in ((None, "joined", 24), ((0, 1, 2), "apart", 3 * 4 * 24)):
+        model = built(heads=Heads(LABELS, layers=layers, pairs=pairs, hidden=hidden))
+        assert model.base_model.heads.num_features == seen
+        for given, wanted in (({}, 0.05 / seen), ({"heads": 0.7}, 0.7)):
+            groups = {g["name"]: g["lr"] for g in parameter_groups(model.base_model, arguments, given)}
+            assert groups == {"adapter": 0.3, "heads": pytest.approx(wanted)}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peml.attached import HEADS, Attached
 from peml.errors import PemlError
-from peml.heads import HeadHost, TaskHeads, answered, apart
+from peml.heads import HeadHost, Heads, TaskHeads, answered, apart
 from peml.routing import Forward, Route, Tasks
 
 
@@ -40,6 +40,7 @@ class Answering(Attached):
     def _add_heads(self, adapter_name: str, low_cpu_mem_usage: bool) -> None:
         config = self.peft_config[adapter_name]
         assert config.heads is not None
+        self._check_layers(config.heads)
         host = self._head_host()
         if host is None:
             host = HeadHost()
@@ -55,6 +56,16 @@ class Answering(Attached):
         for parameter, requires_grad in trained:
             # A further adapter, perhaps for inference only, must not freeze the one in training.
             parameter.requires_grad = requires_grad
+
+    def _check_layers(self, heads: Heads) -> None:
+        settings: Any = getattr(self.model, "config", None)
+        last: Any = getattr(settings, "num_hidden_layers", None)
+        wrong = [layer for layer in heads.layers or () if last is not None and not -last - 1 <= layer <= last]
+        if wrong:
+            raise PemlError(
+                f"heads.layers names layer {wrong[0]}, but {type(self.model).__name__} has 0 to {last}, and "
+                f"-{last + 1} to -1"
+            )
 
     def _width(self) -> int:
         """Of the states that the model gives out."""
@@ -82,6 +93,11 @@ class Answering(Attached):
         """Whether the texts of a pair are to be read apart."""
         heads = self._head()
         return heads is not None and heads.config.pairs == "apart"
+
+    def reads_states(self) -> bool:
+        """Whether heads read other layers than the last."""
+        heads = self._head()
+        return heads is not None and heads.config.layers is not None
 
     def split_pairs(self, call: dict[str, Any], tasks: Tasks | None) -> tuple[dict[str, Any], Tasks | None, Tensor]:
         """A call and its tasks with the second text of every pair in a row of its own.

@@ -34,6 +34,9 @@ class Heads:
         num_labels: classes of each task, in the order of the tasks; 1: a number.
         pooling: what of a text a head sees: the `mean` of its tokens, the `first` or the `last` one, scaled to
             numbers of size 1 so that one learning rate serves all encoders (our choice).
+        layers: whose states are pooled, one after the other, counted as in `hidden_states`: 0 is the embeddings, -1 the
+            last. None: the last; in a recipe the ends of the three thirds of the depth, because an encoder that was
+            trained for something else has what a task needs in the middle (our choice, see LOG.md).
         pairs: `joined`: the encoder reads both texts of a pair at once, as BERT does. `apart`: each by itself, and the
             head sees (a, b, |a - b|, a b) of what both are pooled to (arXiv:1908.10084, section 3), which is better
             for encoders that were trained to compare sentences; a single text is a pair with itself.
@@ -45,6 +48,7 @@ class Heads:
 
     num_labels: tuple[int, ...] = ()
     pooling: Pooling = "mean"
+    layers: tuple[int, ...] | None = None
     pairs: Pairs = "joined"
     hidden: bool = False
     dropout: float = 0.1
@@ -63,6 +67,8 @@ class Heads:
                 raise PemlError(f"heads.{key} has {len(given)} entries for {len(task_names)} tasks: give one per task")
         if min(self.num_labels) < 1:
             raise PemlError(f"heads.num_labels must be 1 (a number) or the number of classes, not {self.num_labels}")
+        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
+            raise PemlError(f"heads.layers needs one or more layers, each once, not {list(self.layers)}")
         if not 0 <= self.dropout < 1:
             raise PemlError(f"heads.dropout must be 0 or more and below 1, not {self.dropout}")
         if any(not scale > 0 for scale in self.scales):
@@ -73,7 +79,7 @@ class Heads:
         return TaskHeads(self, width)
 
     def num_parameters(self, width: int) -> int:
-        """T C (F + 1) with F = D features, or 4 D with pairs apart; with `hidden` T C (D + 1) + T D (F + 1)."""
+        """T C (F + 1), F = D for each layer, 4 D with pairs apart; with `hidden` T C (D + 1) + T D (F + 1)."""
         tasks, classes, features = len(self.num_labels), max(self.num_labels), self.num_features(width)
         if self.hidden:
             return tasks * classes * (width + 1) + tasks * width * (features + 1)
@@ -81,7 +87,7 @@ class Heads:
 
     def num_features(self, width: int) -> int:
         """Numbers that a head sees."""
-        return 4 * width if self.pairs == "apart" else width
+        return len(self.layers or (-1,)) * (4 * width if self.pairs == "apart" else width)
 
     def grown(self, num_labels: int, mean: float = 0.0, scale: float = 1.0) -> Heads:
         """The same with one more task."""
@@ -144,21 +150,22 @@ class TaskHeads(nn.Module):
             self.hidden_weight = nn.Parameter(torch.empty(tasks, width, features).uniform_(-1, 1) / math.sqrt(features))
             self.hidden_bias = nn.Parameter(torch.zeros(tasks, width))
 
-    def features(self, states: Tensor, mask: Tensor | None, second: Tensor | None = None) -> Tensor:
+    @property
+    def num_features(self) -> int:
+        """F."""
+        return (self.hidden_weight if self.config.hidden else self.weight).shape[-1]
+
+    def features(self, states: Sequence[Tensor], mask: Tensor | None, second: Tensor | None = None) -> Tensor:
         """What the heads see, `[B, F]`.
 
         Shapes:
-            states `[B, S, D]`, mask `[B, S]` (1 on tokens that are no padding). With pairs apart second texts follow as
-            further rows of states and mask, and `second` holds the rows of the first ones.
+            states `[B, S, D]` of each layer, mask `[B, S]` (1 on tokens that are no padding). With pairs apart second
+            texts follow as further rows of states and mask, and `second` holds the rows of the first ones.
         """
-        text = pooled(states, mask, self.config.pooling).to(self.weight.dtype)
-        if self.config.pairs == "joined":
-            return text
-        rows = len(text) if second is None else len(text) - len(second)
-        first = other = text[:rows]
-        if second is not None:
-            other = first.index_copy(0, second.to(first.device), text[rows:])
-        return torch.cat([first, other, (first - other).abs(), first * other], dim=-1)
+        texts = [pooled(layer, mask, self.config.pooling).to(self.weight.dtype) for layer in states]
+        if self.config.pairs == "apart":
+            texts = [_compared(text, second) for text in texts]
+        return texts[0] if len(texts) == 1 else torch.cat(texts, dim=-1)
 
     def forward(self, features: Tensor, ids: Tensor) -> Tensor:
         """`[B, C]`, in the precision of the heads; classes that a row's task has not are -inf.
@@ -192,6 +199,15 @@ def pooled(states: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
         at = mask.argmax(1) if pooling == "first" else places.argmax(1)
         chosen = states[torch.arange(len(states), device=states.device), at]
     return F.rms_norm(chosen, chosen.shape[-1:])
+
+
+def _compared(text: Tensor, second: Tensor | None) -> Tensor:
+    """(a, b, |a - b|, a b), `[B, 4 D]`, of first texts and the second ones behind them."""
+    rows = len(text) if second is None else len(text) - len(second)
+    first = other = text[:rows]
+    if second is not None:
+        other = first.index_copy(0, second.to(first.device), text[rows:])
+    return torch.cat([first, other, (first - other).abs(), first * other], dim=-1)
 
 
 def apart(call: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
@@ -250,7 +266,8 @@ class HeadsOutput(ModelOutput):
             the value.
         features: what the heads saw, `[B, F]`.
         last_hidden_state: `[B, S, D]`; with pairs apart, second texts are further rows.
-        hidden_states, attentions: as transformers gives them.
+        hidden_states: as transformers gives them; always, where heads read several layers.
+        attentions: as transformers gives them.
     """
 
     logits: Tensor | None = None
@@ -304,7 +321,11 @@ def answered(
         ids: of the tasks, `[B]` or `[1]`.
         second: rows of the first texts of pairs whose second ones follow as further rows; None: there are none.
     """
-    states = output[0]
+    states = [output[0]]
+    if heads.config.layers is not None:
+        every = next(part for part in output if isinstance(part, tuple)) if isinstance(output, tuple) else None
+        every = output["hidden_states"] if every is None else every
+        states = [every[layer] for layer in heads.config.layers]
     features = heads.features(states, mask, second)
     logits = heads(features, ids)
     if isinstance(output, tuple):
@@ -312,7 +333,7 @@ def answered(
     return HeadsOutput(
         logits=logits,
         features=features,
-        last_hidden_state=states,
+        last_hidden_state=output[0],
         hidden_states=output.get("hidden_states"),
         attentions=output.get("attentions"),
     )

@@ -53,6 +53,9 @@ class Opener(Protocol):
     def reads_apart(self) -> bool:
         """Whether the texts of a pair are to be read apart."""
 
+    def reads_states(self) -> bool:
+        """Whether heads read other layers than the last."""
+
     def split_pairs(self, call: dict[str, Any], tasks: Tasks | None) -> tuple[dict[str, Any], Tasks | None, Tensor]:
         """A call and its tasks with the second text of every pair in a row of its own."""
 
@@ -99,6 +102,8 @@ class ForwardHooks:
         if self.opener.reads_apart():
             named = dict(zip(self.arguments, args, strict=False)) | kwargs
             args, (kwargs, tasks, second) = (), self.opener.split_pairs(named, tasks)
+        if self.opener.reads_states():
+            kwargs = {**kwargs, "output_hidden_states": True}
         # Before anything is computed: soft tokens are run through the attention as well.
         attention.engage(module)
         forward, rows = routing.surrounding(module, self.opener.adapter_in_force), self._rows(args, kwargs)

@@ -41,7 +41,7 @@ DEFAULTS: Mapping[str, Any] = {
     "seed": 0,
     "dtype": "auto",
     "finetune_fraction": 0.1,
-    "probe_rows": 1000,
+    "probe_rows": 2000,
     "early_stopping_threshold": 0.0,
 }
 

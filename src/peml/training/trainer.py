@@ -28,6 +28,9 @@ from peml.training.steps import BalancedSteps, StepUpdates
 from peml.training.streaming import StreamedRows
 from peml.tuner import PemlModel
 
+HEAD_STEP = 0.05
+"""How far one step of Adam moves a logit at most, whose features are of size 1. Our choice: see LOG.md."""
+
 FINETUNE_FRACTION = 0.1
 """Share of the training that follows the search, on the derived architecture: our choice."""
 
@@ -42,7 +45,7 @@ class MultiTaskTrainer(BalancedSteps):
         mixing: how tasks share an epoch and a batch.
         prompt_learning_rate, task_prompt_learning_rate, architecture_learning_rate: of the prompt, of what in it
             belongs to single tasks, and of what chooses a structure; None: the prompt's own default.
-        head_learning_rate: of the heads; None: as the adapter's.
+        head_learning_rate: of the heads; None: `HEAD_STEP` over the numbers that a head sees.
         balance: how tasks share the loss and the gradient; None: equally.
         task_weights: weight of each task in the loss, beside those of the balance; None: all 1.
         finetune_fraction: share of the steps after the architecture is derived.
@@ -317,7 +320,9 @@ def parameter_groups(
     for part in ("adapter", "prompt"):
         parts[f"{part} per task"] = [p for p in parts[part] if id(p) in stacked]
         parts[part] = [p for p in parts[part] if id(p) not in stacked]
-    own = {"adapter": args.learning_rate, "adapter per task": args.learning_rate, "heads": args.learning_rate}
+    own = {"adapter": args.learning_rate, "adapter per task": args.learning_rate}
+    if tuner.heads is not None:
+        own["heads"] = HEAD_STEP / tuner.heads.num_features
     config = tuner.config_in_force
     if config is not None and config.prompt is not None:
         shared = rates.get("prompt")

@@ -91,8 +91,10 @@ class Workbench:
             return config
         config.task_type = "FEATURE_EXTRACTION"
         scales = [_scale(self.train.get(name, [])) for name in self.tasks]
+        heads = config.heads or Heads()
         config.heads = dataclasses.replace(
-            config.heads or Heads(),
+            heads,
+            layers=heads.layers or thirds(self.model.config),
             num_labels=tuple(len(task.choices or ("a number",)) for task in self.tasks.values()),
             means=tuple(mean for mean, _ in scales),
             scales=tuple(scale for _, scale in scales),
@@ -271,6 +273,12 @@ def model_class(config: Any) -> Any:
     says_causal = any("CausalLM" in name or "LMHead" in name for name in config.architectures or ())
     fills_in = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     return AutoModel if fills_in and not says_causal else AutoModelForCausalLM
+
+
+def thirds(config: Any) -> tuple[int, ...] | None:
+    """Layers at the ends of the three thirds of an encoder's depth, the last one last; None if it is not known."""
+    depth = getattr(config, "num_hidden_layers", None)
+    return None if depth is None else tuple(sorted({-(-depth * i // 3) for i in (1, 2, 3)}))
 
 
 def _scale(examples: list[Example]) -> tuple[float, float]:
