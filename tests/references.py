@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -230,40 +229,96 @@ def deep_multitask(tensors: Tensors, settings: Settings, shapes: Sequence[tuple[
 
 
 def prefix_nas(tensors: Tensors, settings: Settings, shapes: Sequence[tuple[int, int]], task: int):
-    """Seed, cells and head; before the search is over every operation runs, afterwards the chosen one."""
-    operations, searching = settings["operations"], bool(tensors["choice"][0] < 0)
+    """Seed, cells and head; before the search is over every candidate counts by its weight, afterwards the chosen one."""
+    found, searching = settings["architecture"], bool(tensors["choice"][0] < 0)
     start, end = settings["temperature"]
     temperature = start * math.exp(math.log(end / start) * float(tensors["progress"]))
     hidden = tensors["seed"] @ tensors["into"]
     for c in range(settings["num_cells"]):
         outputs = []
-        for o, name in enumerate(operations):
+        for o, name in enumerate(settings["operations"] if found is None else [found["operations"][c]]):
             mark = f"cells.{c}.{o}."
             own = {key[len(mark) :]: value for key, value in tensors.items() if key.startswith(mark)}
             outputs.append(OPERATIONS[name](hidden, own))
         if searching:
-            scores = [torch.exp(alpha / temperature) for alpha in tensors["alpha"][c]]
-            hidden = sum(score / sum(scores) * output for score, output in zip(scores, outputs, strict=True))
+            weights = _relaxed(tensors["alpha"][c], settings["relaxation"], temperature)
+            hidden = sum(weight * output for weight, output in zip(weights, outputs, strict=True))
         else:
             hidden = outputs[int(tensors["choice"][c])]
+    ranks = [settings["head_rank"]] if isinstance(settings["head_rank"], int) else settings["head_rank"]
+    made = [hidden @ tensors["head_in"][:, :q] @ tensors["head_out"][:q] for q in ranks]
+    if searching and len(ranks) > 1:
+        weights = _relaxed(tensors["head_alpha"], settings["relaxation"], temperature)
+        flat = sum(weight * output for weight, output in zip(weights, made, strict=True))
+    else:
+        flat = made[int(tensors["head_choice"])]
     layers, column = [], 0
+    shift = _shift(tensors, settings, shapes) if searching and settings["exact_budget"] else 0.0
     for layer, (heads, size) in enumerate(shapes):
-        block = hidden @ tensors["head_in"] @ tensors["head_out"][:, column : column + 2 * heads * size]
-        column += 2 * heads * size
         tokens = [j for j in range(len(hidden)) if tensors["kept"][layer, j]]
         if not tokens:
+            # Of an architecture that was given, a layer without tokens has no part of the head.
+            column += 2 * heads * size if found is None else 0
             layers.append(None)
             continue
+        block = flat[:, column : column + 2 * heads * size]
+        column += 2 * heads * size
         keys = torch.stack([block[j, : heads * size].view(heads, size) for j in tokens], dim=1)
         values = torch.stack([block[j, heads * size :].view(heads, size) for j in tokens], dim=1)
-        gates = [
-            torch.log(torch.sigmoid(tensors["token_gate"][layer, j]) * torch.sigmoid(tensors["layer_gate"][layer]))
-            for j in tokens
-        ]
-        gate = torch.stack(gates) if searching else torch.stack(gates).detach()
-        unit = not searching and settings["gate_after"] == "unit"
-        layers.append((keys, values, torch.zeros_like(gate) if unit else gate))
+        gates = []
+        for j in tokens:
+            log_gate = torch.zeros((), dtype=keys.dtype)
+            soft = settings["gate_relaxation"] == "sigmoid"
+            if searching or (settings["gate_after"] == "keep" and soft):
+                own = [tensors[name] for name in ("token_gate", "layer_gate") if name in tensors]
+                logits = [row[layer] if row.dim() == 1 else row[layer, j] + shift for row in own]
+                gate = sum((_log_gate(logit, soft, temperature) for logit in logits), log_gate)
+                log_gate = gate if searching else gate.detach()
+            gates.append(log_gate + (tensors["strength"][layer] if "strength" in tensors else 0.0))
+        layers.append((keys, values, torch.stack(gates)))
     return layers
+
+
+def _relaxed(alpha: Tensor, kind: str, temperature: float) -> list[Tensor]:
+    """Weights of the candidates, without noise; where one is drawn, it is 1 with a gradient as if soft, the rest gone."""
+    if kind == "sigmoid":
+        return [1 / (1 + torch.exp(-a)) for a in alpha]
+    scores = [torch.exp(a / temperature) for a in alpha]
+    soft = [score / sum(scores) for score in scores]
+    if kind == "softmax":
+        return soft
+    best = max(range(len(soft)), key=lambda o: float(soft[o].detach()))
+    return [weight + (1 - weight).detach() if o == best else torch.zeros_like(weight) for o, weight in enumerate(soft)]
+
+
+def _log_gate(logit: Tensor, soft: bool, temperature: float) -> Tensor:
+    if soft:
+        return torch.log(torch.sigmoid(logit))
+    weight = 1.0 if logit > 0 else 1e-9
+    gate = torch.sigmoid(logit / temperature)
+    return math.log(weight) + (gate - gate.detach()) / weight
+
+
+def _shift(tensors: Tensors, settings: Settings, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """The root, found by halving, and then steps of Newton's method whose every number has its derivative."""
+    beta = tensors["token_gate"]
+    widths = [2 * heads * size for heads, size in shapes]
+    budget = settings["budget_tokens"] * sum(widths)
+
+    def excess(b: Tensor) -> Tensor:
+        rows = [torch.sigmoid(beta[layer] + b).sum() * width for layer, width in enumerate(widths)]
+        if "layer_gate" in tensors:
+            rows = [torch.sigmoid(gamma) * row for gamma, row in zip(tensors["layer_gate"], rows, strict=True)]
+        return sum(rows) - budget
+
+    low, high = -50.0, 50.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (low, middle) if float(excess(torch.tensor(middle)).detach()) > 0 else (middle, high)
+    b = torch.tensor(low, dtype=beta.dtype, requires_grad=True)
+    for _ in range(3):
+        b = b - excess(b) / torch.autograd.grad(excess(b), b, create_graph=True)[0]
+    return b
 
 
 def _rows(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -279,10 +334,15 @@ def _bottleneck(hidden: Tensor, own: Tensors) -> Tensor:
     return _rows(token)(hidden)
 
 
+def _mlp(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensors], Tensor]:
+    return lambda hidden, own: _rows(lambda h: activation(h @ own["into"]) @ own["out"])(hidden)
+
+
 def _convolution(hidden: Tensor, own: Tensors) -> Tensor:
-    mixed = []
+    mixed, size = [], own["depth"].shape[2]
     for j in range(len(hidden)):
-        neighbours = [(k, j + k - 1) for k in range(3) if 0 <= j + k - 1 < len(hidden)]
+        places = [(k, j + k - size // 2) for k in range(size)]
+        neighbours = [(k, i) for k, i in places if 0 <= i < len(hidden)]
         mixed.append(sum(own["depth"][:, 0, k] * hidden[i] for k, i in neighbours) @ own["point"])
     return torch.stack(mixed)
 
@@ -300,10 +360,13 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensors], Tensor]] = {
     "none": lambda hidden, own: 0 * hidden,
     "identity": lambda hidden, own: hidden,
     "linear": lambda hidden, own: _rows(lambda h: h @ own["weight"])(hidden),
-    "mlp_tanh_h/4": lambda hidden, own: _rows(lambda h: torch.tanh(h @ own["into"]) @ own["out"])(hidden),
-    "mlp_gelu_h": lambda hidden, own: _rows(lambda h: F.gelu(h @ own["into"]) @ own["out"])(hidden),
+    **{f"mlp_tanh_{m}": _mlp(lambda x: 2 / (1 + torch.exp(-2 * x)) - 1) for m in ("h/4", "h", "2h")},
+    **{f"mlp_gelu_{m}": _mlp(lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2) for m in ("h/4", "h", "2h")},
+    **{f"mlp_relu_{m}": _mlp(lambda x: torch.clamp(x, min=0)) for m in ("h/4", "h", "2h")},
+    **{f"mlp_silu_{m}": _mlp(lambda x: x / (1 + torch.exp(-x))) for m in ("h/4", "h", "2h")},
     "res_bottleneck": _bottleneck,
     "conv3": _convolution,
+    "conv5": _convolution,
     "self_attn": _attention,
     "gated": lambda hidden, own: _rows(lambda h: 1 / (1 + torch.exp(-(h @ own["gate"]))) * (h @ own["weight"]))(hidden),
     "lowrank_mul": lambda hidden, own: torch.stack(

@@ -178,6 +178,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str, type(None)):
         return isinstance(value, hint)
+    if typing.get_origin(hint) is Mapping:
+        return isinstance(value, Mapping)
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, hint)  # type: ignore[arg-type]
     if typing.get_origin(hint) in (tuple, list):
         return isinstance(value, tuple | list) and all(_fits(v, options[0]) for v in value)
     return any(_fits(value, option) for option in options)
@@ -188,6 +192,8 @@ def _readable(hint: Any) -> str:
         return " or ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
         return "a list of " + _readable(typing.get_args(hint)[0])
+    if typing.get_origin(hint) is Mapping:
+        return "a mapping"
     if isinstance(hint, type):
         return {"float": "a number", "int": "a whole number", "str": "text", "bool": "true or false"}.get(
             hint.__name__, "null" if hint is type(None) else hint.__name__

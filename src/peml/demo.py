@@ -110,11 +110,7 @@ def demo(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any
     console.print(_table(results, primary))
     found = results["peml"]["architecture"]
     console.print("\nWhat the search of [bold]peml[/] found:")
-    console.print(
-        architecture_view(
-            Architecture(tuple(found["operations"]), tuple(map(tuple, found["tokens"])), found["derived"])
-        )
-    )
+    console.print(architecture_view(Architecture.from_dict(found)))
     console.print(Text(f"\nRuns are in {output}; look into one with: peml inspect {output / 'peml'}"))
     folder = RunFolder(output)
     folder.write_json(output / "results.json", {"methods": results, "seed": seed, "environment": environment()})

@@ -17,12 +17,11 @@ from safetensors import SafetensorError, safe_open
 from peml.config import PemlConfig, part_to_dict
 from peml.errors import PemlError
 from peml.export import Target, export_targets
-from peml.prompts import Architecture, PrefixNAS, PrefixTuning
+from peml.prompts import STRUCTURE, Architecture, PrefixNAS, PrefixTuning, architecture_in
 from peml.training.folder import RunFolder, check_adapter
 
 _PROMPT = "base_model.model.prompt_host.peml_prompt."
-_BUFFERS = {"choice", "kept", "progress"}
-_ARCHITECTURE = {"alpha", "token_gate", "layer_gate"}
+_BUFFERS = {"choice", "head_choice", "kept", "progress"}
 
 
 @dataclass(frozen=True)
@@ -96,25 +95,25 @@ def _part(key: str) -> str | None:
     name = key.removeprefix(_PROMPT).split(".")[0]
     if name in _BUFFERS or name.startswith("log_gate"):
         return None
-    return "architecture" if name in _ARCHITECTURE else "prompt"
+    return "architecture" if name in STRUCTURE else "prompt"
 
 
 def _architecture(config: PemlConfig, tensors: Any) -> Architecture | None:
     if not isinstance(config.prompt, PrefixNAS):
         return None
-    choice = tensors.get_tensor(_PROMPT + "choice").tolist()
-    derived = choice[0] >= 0
-    if not derived:
-        choice = tensors.get_tensor(_PROMPT + "alpha").argmax(-1).tolist()
-    kept = tensors.get_tensor(_PROMPT + "kept")
-    tokens = tuple(tuple(row.nonzero().flatten().tolist()) for row in kept)
-    return Architecture(tuple(config.prompt.operations[c] for c in choice), tokens, derived)
+    stored = set(tensors.keys())
+    state = {name: tensors.get_tensor(_PROMPT + name) for name in STRUCTURE if _PROMPT + name in stored}
+    try:
+        return architecture_in(config.prompt, state)
+    except KeyError as error:
+        raise SafetensorError(f"there is no {error} of the search in it") from None
 
 
 def _unit_gates(config: PemlConfig, tensors: Any) -> bool:
     """Whether no token of the prefix weighs less than an ordinary one."""
     if isinstance(config.prompt, PrefixNAS):
-        return config.prompt.gate_after == "unit"
+        unit = config.prompt.gate_after == "unit" or config.prompt.found is not None
+        return unit and config.prompt.gate_init is None
     gates = [key for key in tensors.keys() if key.startswith(f"{_PROMPT}log_gate")]  # noqa: SIM118  (not a mapping)
     return not any(bool(tensors.get_tensor(key).any()) for key in gates)
 
@@ -174,6 +173,8 @@ def _settings(part: Any) -> str:
     if stored is None:
         return "none"
     kind = stored.pop("type")
+    if stored.get("architecture") is not None:
+        stored["architecture"] = "given"  # it has a row of its own
 
     def shown(value: Any) -> str:
         return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, list | tuple) else str(value)

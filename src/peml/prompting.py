@@ -24,6 +24,7 @@ class Prompting(Attached):
     def _add_prompt(self, host: PromptHost, adapter_name: str, low_cpu_mem_usage: bool) -> None:
         config = self.peft_config[adapter_name]
         assert config.prompt is not None
+        config.prompt = config.prompt.fitted(host.shape)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             prompt = config.prompt.build(host.shape, len(config.task_names))
         device = next(p for p in self.model.parameters()).device

@@ -46,6 +46,11 @@ SMALL_NAS: dict[str, Any] = {
     "budget_tokens": 2.5,
 }  # fmt: skip
 
+FOUND = peml.prompts.Architecture(
+    operations=("conv3", "mlp_gelu_h"), tokens=((0, 3), (1,)), derived=True, num_virtual_tokens=4, width=10,
+    embedding_dim=6, head_rank=3,
+)  # fmt: skip
+
 SMALL_ADAPTERS: dict[str, peml.adapters.AdapterConfig | None] = {
     "none": None,
     "LoRA": peml.LoRA(r=3, lora_alpha=5),
@@ -87,7 +92,21 @@ SMALL_PROMPTS: dict[str, tuple[peml.prompts.PromptConfig | None, Adjust | None]]
     "PrefixNAS-keep": (peml.PrefixNAS(**SMALL_NAS), derived),
     "PrefixNAS-unit": (peml.PrefixNAS(**SMALL_NAS, gate_after="unit", gate_threshold=0.2), derived),
     "PrefixNAS-collapsed": (peml.PrefixNAS(**SMALL_NAS), collapsed),
+    "PrefixNAS-gumbel": (peml.PrefixNAS(**SMALL_NAS, relaxation="gumbel"), open_and_close),
+    "PrefixNAS-sigmoid": (peml.PrefixNAS(**SMALL_NAS, relaxation="sigmoid"), open_and_close),
+    "PrefixNAS-straight": (peml.PrefixNAS(**SMALL_NAS, gate_relaxation="straight_through"), open_and_close),
+    "PrefixNAS-straight-keep": (peml.PrefixNAS(**SMALL_NAS, gate_relaxation="straight_through"), derived),
+    "PrefixNAS-exact": (peml.PrefixNAS(**SMALL_NAS, exact_budget=True), open_and_close),
+    "PrefixNAS-exact-keep": (peml.PrefixNAS(**SMALL_NAS, exact_budget=True), derived),
+    "PrefixNAS-ranks": (peml.PrefixNAS(**SMALL_NAS | {"head_rank": (2, 4, 1)}), open_and_close),
+    "PrefixNAS-ranks-keep": (peml.PrefixNAS(**SMALL_NAS | {"head_rank": (2, 4, 1)}), derived),
+    "PrefixNAS-fixed": (peml.PrefixNAS(**SMALL_NAS, search_tokens=False, search_layers=False), None),
+    "PrefixNAS-imported": (peml.PrefixNAS(gate_init=0.5, architecture=FOUND), None),
+    "PrefixNAS-random": (peml.PrefixNAS(**SMALL_NAS, architecture="random:3"), None),
 }
+
+SEARCHES = tuple(name for name in SMALL_PROMPTS if name.startswith("PrefixNAS-"))
+"""Variants of one prompt: they meet two adapters."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +134,9 @@ class Case:
 
     @property
     def drawn(self) -> bool:
-        """Whether the adapter draws weights at random in training."""
-        return isinstance(self.adapter, peml.Poly | peml.CPoly)
+        """Whether weights are drawn at random in training."""
+        searched = self.prompt_name in ("PrefixNAS-gumbel", "PrefixNAS-straight")
+        return isinstance(self.adapter, peml.Poly | peml.CPoly) or searched
 
     @property
     def generated(self) -> bool:
@@ -161,7 +181,9 @@ CASES = [
     Case(a, p)
     for a in SMALL_ADAPTERS
     for p in SMALL_PROMPTS
-    if (a, p) != ("none", "none") and (a in WITH_ALL_PROMPTS or p in ("none", "PrefixNAS"))
+    if (a, p) != ("none", "none")
+    and (a in WITH_ALL_PROMPTS or p in ("none", "PrefixNAS"))
+    and (a in ("none", "MTLLoRA") or p not in SEARCHES)
 ]
 
 # For other model families and for slow checks: every adapter and every prompt at least once, alone and together.
@@ -170,7 +192,8 @@ FEW = [
     Case("MTLLoRA", "none"),
     Case("none", "PrefixTuning-lengths"),
     Case("none", "PrefixNAS"),
-    Case("LoRA", "PrefixNAS-keep"),
+    Case("MTLLoRA", "PrefixNAS-keep"),
+    Case("none", "PrefixNAS-imported"),
     Case("MTLLoRA-diag-random", "PrefixTuning-per-task"),
     Case("LoRA", "PrefixTuning-projected-per-task"),
     Case("none", "PromptTuning"),

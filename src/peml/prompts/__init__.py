@@ -1,6 +1,6 @@
 """Prompts: learned keys and values for attention, one file per paper. Needs neither transformers nor peft."""
 
-from peml.prompts.architecture import Architecture
+from peml.prompts.architecture import STRUCTURE, Architecture, architecture_in
 from peml.prompts.attempt import Attempt
 from peml.prompts.base import (
     AttentionSlot,
@@ -13,9 +13,11 @@ from peml.prompts.base import (
     Texts,
     WordPromptConfig,
 )
+from peml.prompts.generator import PrefixGenerator
 from peml.prompts.multitask import MultitaskPrompt
+from peml.prompts.operations import OPERATIONS, Operation
 from peml.prompts.prefix import PrefixTable, PrefixTuning, ProjectedPrefix
-from peml.prompts.prefix_nas import PrefixGenerator, PrefixNAS
+from peml.prompts.prefix_nas import PrefixNAS
 from peml.prompts.prompt_tuning import PromptTuning
 
 PROMPTS: dict[str, type[PromptConfig]] = {
@@ -24,13 +26,16 @@ PROMPTS: dict[str, type[PromptConfig]] = {
 """Every prompt by the name that is stored with it."""
 
 __all__ = [
+    "OPERATIONS",
     "PROMPTS",
+    "STRUCTURE",
     "Architecture",
     "Attempt",
     "AttentionSlot",
     "LayerPrefix",
     "ModelShape",
     "MultitaskPrompt",
+    "Operation",
     "Prefix",
     "PrefixGenerator",
     "PrefixNAS",
@@ -43,4 +48,5 @@ __all__ = [
     "SoftPrompt",
     "Texts",
     "WordPromptConfig",
+    "architecture_in",
 ]

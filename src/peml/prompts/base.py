@@ -151,6 +151,10 @@ class PromptConfig(ABC):
         """Whether it is made of input embeddings, not of keys and values."""
         return False
 
+    def fitted(self, shape: ModelShape) -> PromptConfig:
+        """The settings as they are on a model of this shape, where they depend on it; these are stored."""
+        return self
+
     @abstractmethod
     def build(self, shape: ModelShape, num_tasks: int) -> Prompt:
         """The prompt of a model of this shape."""

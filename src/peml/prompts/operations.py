@@ -1,17 +1,24 @@
 """Operations that a generator cell can choose from: small maps from `[P, h]` to `[P, h]`.
 
-Letters: `P` prefix tokens, `h` width of the generator, `m` width inside an operation.
+An operation of one's own is a line, before the configuration that names it:
+
+    peml.prompts.OPERATIONS["mine"] = MyOperation
+
+Letters: `P` prefix tokens, `h` width of the generator, `m` width inside an operation, `k` neighbouring tokens.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from peml.errors import PemlError
 
@@ -34,6 +41,10 @@ class Operation(nn.Module, ABC):
 
 def _matrix(rows: int, columns: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(rows, columns) / math.sqrt(rows))
+
+
+def _inner(width: int, expansion: float) -> int:
+    return max(1, int(width * expansion))
 
 
 class Zero(Operation):
@@ -65,13 +76,18 @@ class Linear(Operation):
 
 
 class MLP(Operation):
-    """act(H W1) W2: the reparametrisation of prefix tuning (arXiv:2101.00190)."""
+    """act(H W1) W2: the reparametrisation of prefix tuning (arXiv:2101.00190).
 
-    expansion: ClassVar[float]
+    Args:
+        num_tokens, width: P, h.
+        activation: act.
+        expansion: m / h.
+    """
 
-    def __init__(self, num_tokens: int, width: int) -> None:
+    def __init__(self, num_tokens: int, width: int, activation: Callable[[Tensor], Tensor], expansion: float) -> None:
         super().__init__(num_tokens, width)
-        inner = max(1, int(width * self.expansion))
+        inner = _inner(width, expansion)
+        self.activation = activation
         self.into = _matrix(width, inner)
         self.out = _matrix(inner, width)
 
@@ -79,40 +95,13 @@ class MLP(Operation):
         """Map `[P, h]` to `[P, h]`."""
         return self.activation(hidden @ self.into) @ self.out
 
-    @staticmethod
-    @abstractmethod
-    def activation(inner: Tensor) -> Tensor:
-        """Between the two products."""
-
-
-class NarrowTanhMLP(MLP):
-    """tanh, m = h/4."""
-
-    expansion = 0.25
-
-    @staticmethod
-    def activation(inner: Tensor) -> Tensor:
-        """Hyperbolic tangent."""
-        return torch.tanh(inner)
-
-
-class WideGeluMLP(MLP):
-    """gelu, m = h."""
-
-    expansion = 1.0
-
-    @staticmethod
-    def activation(inner: Tensor) -> Tensor:
-        """GELU."""
-        return F.gelu(inner)
-
 
 class ResidualBottleneck(Operation):
     """H + LN(relu(H W1) W2), m = h/4: residual prompt tuning (arXiv:2305.03937)."""
 
     def __init__(self, num_tokens: int, width: int) -> None:
         super().__init__(num_tokens, width)
-        inner = max(1, width // 4)
+        inner = _inner(width, 0.25)
         self.into = _matrix(width, inner)
         self.out = _matrix(inner, width)
         self.scale = nn.Parameter(torch.ones(width))
@@ -125,18 +114,21 @@ class ResidualBottleneck(Operation):
 
 
 class Convolution(Operation):
-    """Depth-wise over 3 neighbouring tokens, then point-wise: the only candidate that knows an order of tokens."""
+    """Depth-wise over k neighbouring tokens, then point-wise: the only candidates that know an order of tokens.
 
-    size: ClassVar[int] = 3
+    Args:
+        num_tokens, width: P, h.
+        size: k, odd.
+    """
 
-    def __init__(self, num_tokens: int, width: int) -> None:
+    def __init__(self, num_tokens: int, width: int, size: int) -> None:
         super().__init__(num_tokens, width)
-        self.depth = nn.Parameter(torch.randn(width, 1, self.size) / math.sqrt(self.size))
+        self.depth = nn.Parameter(torch.randn(width, 1, size) / math.sqrt(size))
         self.point = _matrix(width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `[P, h]` to `[P, h]`."""
-        mixed = F.conv1d(hidden.T.unsqueeze(0), self.depth, padding=self.size // 2, groups=hidden.shape[1])
+        mixed = F.conv1d(hidden.T.unsqueeze(0), self.depth, padding=self.depth.shape[2] // 2, groups=hidden.shape[1])
         return mixed[0].T @ self.point
 
 
@@ -179,38 +171,88 @@ class LowRankMultiply(Operation):
         return hidden * torch.outer(self.by_token, self.by_feature)
 
 
-OPERATIONS: dict[str, type[Operation]] = {
+class Cost(NamedTuple):
+    """What an operation costs, as functions of P and h.
+
+    Args:
+        parameters: trainable numbers.
+        multiply_adds: of one run.
+    """
+
+    parameters: Callable[[int, int], int]
+    multiply_adds: Callable[[int, int], int]
+
+
+def _products(numbers: Callable[[int], int], beside: Callable[[int], int] = lambda h: 0) -> Cost:
+    """Of matrices that every token is multiplied by; what is beside them is not worth counting as time."""
+    return Cost(lambda p, h: numbers(h) + beside(h), lambda p, h: p * numbers(h))
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "relu": torch.relu,
+    "silu": F.silu,
+}
+_EXPANSIONS = {"h/4": 0.25, "h": 1.0, "2h": 2.0}
+
+
+def _mlp_cost(expansion: float) -> Cost:
+    return _products(lambda h: 2 * h * _inner(h, expansion))
+
+
+OPERATIONS: dict[str, Callable[[int, int], Operation]] = {
     "none": Zero,
     "identity": Identity,
     "linear": Linear,
-    "mlp_tanh_h/4": NarrowTanhMLP,
-    "mlp_gelu_h": WideGeluMLP,
+    **{
+        f"mlp_{activation}_{m}": partial(MLP, activation=function, expansion=expansion)
+        for activation, function in _ACTIVATIONS.items()
+        for m, expansion in _EXPANSIONS.items()
+    },
     "res_bottleneck": ResidualBottleneck,
-    "conv3": Convolution,
+    "conv3": partial(Convolution, size=3),
+    "conv5": partial(Convolution, size=5),
     "self_attn": SelfAttention,
     "gated": Gated,
     "lowrank_mul": LowRankMultiply,
 }
-"""Every operation by the name that recipes and architecture files use."""
+"""What builds each operation from P and h, by the name that recipes and architecture files use."""
 
-DEFAULT_OPERATIONS = tuple(name for name in OPERATIONS if name != "none")
+COSTS: dict[str, Cost] = {
+    "none": _products(lambda h: 0),
+    "identity": _products(lambda h: 0),
+    "linear": _products(lambda h: h * h),
+    **{f"mlp_{name}_{m}": _mlp_cost(expansion) for name in _ACTIVATIONS for m, expansion in _EXPANSIONS.items()},
+    "res_bottleneck": _products(lambda h: 2 * h * _inner(h, 0.25), lambda h: 2 * h),
+    "conv3": _products(lambda h: 3 * h + h * h),
+    "conv5": _products(lambda h: 5 * h + h * h),
+    "self_attn": Cost(lambda p, h: 4 * h * h, lambda p, h: 4 * p * h * h + 2 * p * p * h),
+    "gated": _products(lambda h: 2 * h * h),
+    "lowrank_mul": Cost(lambda p, h: p + h, lambda p, h: 2 * p * h),
+}
+"""Formulas of the operations that have one; others are counted."""
+
+DEFAULT_OPERATIONS = (
+    "identity", "linear", "mlp_tanh_h/4", "mlp_gelu_h", "res_bottleneck", "conv3", "self_attn", "gated", "lowrank_mul",
+)  # fmt: skip
+"""One of each family: more of a family would only share its probability among its members, our choice."""
 
 
 def operation_parameters(name: str, num_tokens: int, width: int) -> int:
-    """Trainable numbers of an operation, by its formula in P, h and m."""
-    p, h, quarter = num_tokens, width, max(1, width // 4)
-    return {
-        "none": 0,
-        "identity": 0,
-        "linear": h * h,
-        "mlp_tanh_h/4": 2 * h * max(1, int(h * 0.25)),
-        "mlp_gelu_h": 2 * h * h,
-        "res_bottleneck": 2 * h * quarter + 2 * h,
-        "conv3": 3 * h + h * h,
-        "self_attn": 4 * h * h,
-        "gated": 2 * h * h,
-        "lowrank_mul": p + h,
-    }[name]
+    """Trainable numbers of an operation, by its formula in P and h, or counted on a copy without memory."""
+    if name in COSTS:
+        return COSTS[name].parameters(num_tokens, width)
+    # The random state is left as it was: counting must not change what a seed gives.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return sum(parameter.numel() for parameter in OPERATIONS[name](num_tokens, width).parameters())
+
+
+def operation_multiply_adds(name: str, num_tokens: int, width: int) -> int:
+    """Multiply-adds of one run of an operation; without a formula, as many as if every token met every parameter."""
+    if name in COSTS:
+        return COSTS[name].multiply_adds(num_tokens, width)
+    return num_tokens * operation_parameters(name, num_tokens, width)
 
 
 def check_operations(names: tuple[str, ...]) -> None:
@@ -219,8 +261,32 @@ def check_operations(names: tuple[str, ...]) -> None:
     Raises:
         PemlError: an unknown or repeated operation, or none at all.
     """
-    unknown = [name for name in names if name not in OPERATIONS]
-    if unknown:
-        raise PemlError(f"prompt.operations has unknown {unknown[0]!r}; choose from {', '.join(OPERATIONS)}")
+    check_known(names, "prompt.operations")
     if not names or len(set(names)) != len(names):
         raise PemlError(f"prompt.operations needs one or more distinct names, not {list(names)}")
+
+
+def check_known(names: tuple[str, ...], where: str) -> None:
+    """Refuse an operation that nobody has put into the table.
+
+    Raises:
+        PemlError: naming the operation and what there is.
+    """
+    unknown = [name for name in names if name not in OPERATIONS]
+    if unknown:
+        raise PemlError(
+            f"{where} has unknown {unknown[0]!r}; choose from {', '.join(OPERATIONS)}, or put your own into "
+            "peml.prompts.OPERATIONS first"
+        )
+
+
+def measured_seconds(names: Sequence[str], num_tokens: int, width: int, device: str | torch.device) -> dict[str, float]:
+    """Median seconds of a forward and backward pass of each operation, after one that does not count."""
+    seconds = {}
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        hidden = torch.randn(num_tokens, width, device=device, requires_grad=True)
+        for name in names:
+            operation = OPERATIONS[name](num_tokens, width).to(device)
+            timer = Timer("operation(hidden).sum().backward()", globals={"operation": operation, "hidden": hidden})
+            seconds[name] = float(timer.blocked_autorange(min_run_time=0.02).median)
+    return seconds

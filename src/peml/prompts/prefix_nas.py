@@ -2,66 +2,79 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor, nn
+from typing import Any, ClassVar, Literal
 
 from peml.errors import PemlError
 from peml.prompts.architecture import Architecture
-from peml.prompts.base import LayerPrefix, ModelShape, Prefix, PromptConfig
-from peml.prompts.operations import (
-    DEFAULT_OPERATIONS,
-    OPERATIONS,
-    check_operations,
-    operation_parameters,
-)
-from peml.prompts.prefix import PrefixTable, PrefixTuning
+from peml.prompts.base import ModelShape, PromptConfig
+from peml.prompts.cost import BYTES
+from peml.prompts.generator import PrefixGenerator
+from peml.prompts.operations import DEFAULT_OPERATIONS, check_operations, measured_seconds, operation_parameters
 
-LAYER_GATE_OPEN = 4.0
-"""Initial logit of a layer's gate: sigmoid(4) = 0.98, our choice."""
+DEFAULT_BUDGET = 16.0
+"""Tokens per layer, on average, where no budget is given; our choice."""
 
 
 @dataclass(frozen=True)
 class PrefixNAS(PromptConfig):
     """Generate one prefix for all tasks, and search the generator's operations and each layer's length meanwhile.
 
-        H_0 = E W_in                    H_c = sum_o softmax(alpha_c / tau)_o op_o(H_{c-1})
-        K_l, V_l = H_C P_h Q_l          log g_lj = log sigmoid(beta_lj) + log sigmoid(gamma_l)
-        loss += lam_H (mean entropy of cells and gates) + lam_KV relu(KV / budget - 1) + lam_P relu(Par / budget - 1)
+        H_0 = E W_in                    H_c = sum_o a_{c,o} op_o(H_{c-1}),  a_c = relax(alpha_c)
+        K_l, V_l = H_C P_h Q_l          log g_lj = log sigmoid(beta_lj) + log sigmoid(gamma_l) + s_l
+        loss += lam_H (mean entropy of choices and gates)
+                + lam_KV relu(KV / budget - 1) + lam_P relu(Par / budget - 1) + lam_T relu(Time / budget - 1)
 
     Paper: PEML, arXiv:2605.14055: relaxation by softmax, final architecture by argmax (Eq. 7), trained together with
     LoRA (Algorithm 1). Operations, widths, lengths, head, regularisers and rates are our reconstruction.
-    Near-identity start, our choice: beta = -log P - c gives the whole prefix the weight of e^-c tokens.
+    Our choice: gates say alone what is deployed, and begin open; the strength s, trained with the weights and never
+    searched, makes the near-identity start: at -log P - c the whole prefix weighs as much as e^-c tokens.
 
     Args:
         num_virtual_tokens: P, the most tokens a layer can keep.
         num_cells: C, cells in a row.
         width: h of the generator.
         embedding_dim: d_e of the seed E.
-        head_rank: q of the factorised head.
+        head_rank: q of the factorised head; several: searched among them, each with the first columns of the largest.
         operations: candidates of each cell; the order breaks ties.
         temperature: tau at the start and at the end; annealed exponentially.
         warmup_fraction: share of the training in which the architecture does not move.
         entropy_weight: lam_H at the end; ramped from 0 over the second half.
         cost_weight: lam_KV.
-        budget_tokens: deployed tokens per layer, on average, that cost nothing.
+        budget_tokens: deployed tokens per layer, on average, that cost nothing; 16 where no budget is given.
         parameter_weight: lam_P.
         parameter_budget: generator parameters that cost nothing; None: no such term.
-        gate_init: c of the near-identity start; larger is closer to the base model.
-        gate_after: "keep" deploys the remaining gates as they are, "unit" sets them to 1.
-        gate_threshold: gates below it are deleted: relative to the largest gate for "keep", absolute for "unit";
-            None: 0.05 for keep, 0.5 for unit.
+        gate_init: c of the near-identity start; larger is closer to the base model; None: no strength at all, so that
+            tokens begin as ordinary ones.
+        gate_after: "keep" deploys the remaining gates as they are, "unit" sets them to 1; the strength stays.
+        gate_threshold: tokens whose gate, or whose layer's gate, is below it are deleted; None: 0.5.
+        relaxation: of operations and head: "softmax", "gumbel" (one is drawn and runs) or "sigmoid" (each by itself).
+        gate_relaxation: "sigmoid", or "straight_through" (drawn, 0 or 1; those that remain are deployed as 1).
+        search_tokens: whether each layer's length is searched; otherwise it is P.
+        search_layers: whether layers can be switched off as a whole.
+        skip_dropout: at the start, of what `identity` gives while it is searched; falls to 0 at the end.
+        budget_mb: the same budget in megabytes (10^6 bytes) of deployed keys and values in bfloat16.
+        budget_percent: the same in per cent of the key/value cache of a text.
+        budget_context: tokens of that text.
+        exact_budget: shift all token gates by a common number so that the expected cost is the budget in every step;
+            at the end tokens go by order alone. There is no cost term then.
+        time_weight: lam_T.
+        time_budget: what one run of the cells may take, in millions of multiply-adds, or in the unit of
+            `operation_times`; None: no such term.
+        operation_times: of every operation, e.g. from `measure_operations()`; None: multiply-adds by formula.
+        architecture: one that was found, as an `Architecture` or its mapping, or "random:SEED": nothing is searched
+            then, and its cells, sizes and tokens take the place of the settings above.
 
     Shapes:
         E (P, d_e), W_in (d_e, h), alpha (C, operations), P_h (h, q), Q (q, sum of 2 H D over layers),
-        beta (L, P), gamma (L,).
+        beta (L, P), gamma (L,), s (L,).
 
     Raises:
-        PemlError: a size below 1, an unknown operation, a temperature of 0, a bad `gate_after`.
+        PemlError: a size below 1, an unknown operation, a temperature of 0, two budgets, a bad architecture.
     """
 
     prompt_learning_rate: ClassVar[float] = 1e-3
@@ -70,248 +83,185 @@ class PrefixNAS(PromptConfig):
     num_cells: int = 2
     width: int = 512
     embedding_dim: int = 256
-    head_rank: int = 64
+    head_rank: int | tuple[int, ...] = 64
     operations: tuple[str, ...] = DEFAULT_OPERATIONS
     temperature: tuple[float, float] = (1.0, 0.1)
     warmup_fraction: float = 0.15
     entropy_weight: float = 0.1
     cost_weight: float = 1.0
-    budget_tokens: float = 16.0
+    budget_tokens: float | None = None
     parameter_weight: float = 0.1
     parameter_budget: int | None = None
-    gate_init: float = 2.0
+    gate_init: float | None = 2.0
     gate_after: Literal["keep", "unit"] = "keep"
     gate_threshold: float | None = None
+    relaxation: Literal["softmax", "gumbel", "sigmoid"] = "softmax"
+    gate_relaxation: Literal["sigmoid", "straight_through"] = "sigmoid"
+    search_tokens: bool = True
+    search_layers: bool = True
+    skip_dropout: float = 0.0
+    budget_mb: float | None = None
+    budget_percent: float | None = None
+    budget_context: int = 2048
+    exact_budget: bool = False
+    time_weight: float = 0.1
+    time_budget: float | None = None
+    operation_times: tuple[float, ...] | None = None
+    architecture: str | Architecture | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "operations", tuple(self.operations))
-        object.__setattr__(self, "temperature", tuple(self.temperature))
-        for name in ("num_virtual_tokens", "num_cells", "width", "embedding_dim", "head_rank"):
+        for name in ("operations", "temperature", "head_rank", "operation_times"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        self._take_architecture()
+        self._check_sizes()
+        self._check_search()
+        self._check_budgets()
+        check_operations(self.operations)
+
+    def _take_architecture(self) -> None:
+        given = self.architecture
+        if isinstance(given, str):
+            if not re.fullmatch(r"random:\d+", given):
+                raise PemlError(f'prompt.architecture must be an architecture or "random:SEED", not {given!r}')
+            return
+        if isinstance(given, Mapping):
+            object.__setattr__(self, "architecture", Architecture.from_dict(given, "prompt.architecture"))
+        if (found := self.found) is not None:
+            object.__setattr__(self, "num_cells", len(found.operations))
+            for name in ("num_virtual_tokens", "width", "embedding_dim", "head_rank"):
+                object.__setattr__(self, name, getattr(found, name))
+
+    def _check_sizes(self) -> None:
+        for name in ("num_virtual_tokens", "num_cells", "width", "embedding_dim", "budget_context"):
             if getattr(self, name) < 1:
                 raise PemlError(f"prompt.{name} must be 1 or more, not {getattr(self, name)}")
+        if min(self.ranks, default=0) < 1 or len(set(self.ranks)) < len(self.ranks):
+            raise PemlError(f"prompt.head_rank must be 1 or more, or several that differ, not {self.head_rank}")
+
+    def _check_search(self) -> None:
         if len(self.temperature) != 2 or min(self.temperature) <= 0:
             raise PemlError(f"prompt.temperature needs a start and an end above 0, not {list(self.temperature)}")
-        if not 0 <= self.warmup_fraction < 1:
-            raise PemlError(f"prompt.warmup_fraction must be in [0, 1), not {self.warmup_fraction}")
-        for name in ("entropy_weight", "cost_weight", "parameter_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise PemlError(f"prompt.{name} must be 0 or more, not {getattr(self, name)}")
-        if self.parameter_budget is not None and self.parameter_budget < 1:
-            raise PemlError(f"prompt.parameter_budget must be 1 or more, not {self.parameter_budget}")
+        for name in ("warmup_fraction", "skip_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise PemlError(f"prompt.{name} must be in [0, 1), not {getattr(self, name)}")
         if self.gate_threshold is not None and not 0 <= self.gate_threshold <= 1:
             raise PemlError(f"prompt.gate_threshold must be in [0, 1], not {self.gate_threshold}")
-        if not self.budget_tokens > 0:
-            raise PemlError(f"prompt.budget_tokens must be above 0, not {self.budget_tokens}")
-        if self.gate_after not in ("keep", "unit"):
-            raise PemlError(f"prompt.gate_after must be keep or unit, not {self.gate_after!r}")
-        check_operations(self.operations)
+        for name, known in (
+            ("gate_after", ("keep", "unit")),
+            ("relaxation", ("softmax", "gumbel", "sigmoid")),
+            ("gate_relaxation", ("sigmoid", "straight_through")),
+        ):
+            if getattr(self, name) not in known:
+                raise PemlError(
+                    f"prompt.{name} must be {', '.join(known[:-1])} or {known[-1]}, not {getattr(self, name)!r}"
+                )
+
+    def _check_budgets(self) -> None:
+        for name in ("entropy_weight", "cost_weight", "parameter_weight", "time_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise PemlError(f"prompt.{name} must be 0 or more, not {getattr(self, name)}")
+        budgets = ("budget_tokens", "budget_mb", "budget_percent")
+        given = [name for name in budgets if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise PemlError(f"prompt.{given[0]} and prompt.{given[1]} are two budgets for one thing: give one")
+        if self.parameter_budget is not None and self.parameter_budget < 1:
+            raise PemlError(f"prompt.parameter_budget must be 1 or more, not {self.parameter_budget}")
+        for name in (*given, *(["time_budget"] if self.time_budget is not None else [])):
+            if not getattr(self, name) > 0:
+                raise PemlError(f"prompt.{name} must be above 0, not {getattr(self, name)}")
+        if self.exact_budget and not self.search_tokens:
+            raise PemlError("prompt.exact_budget shifts the gates of tokens: it needs prompt.search_tokens")
+        times = self.operation_times
+        if times is not None and (len(times) != len(self.operations) or min(times) < 0):
+            raise PemlError(
+                f"prompt.operation_times needs a number of 0 or more for each of {len(self.operations)} operations, "
+                f"not {list(times)}"
+            )
+
+    @property
+    def found(self) -> Architecture | None:
+        """The architecture that takes the place of a search, if it is known by now."""
+        return self.architecture if isinstance(self.architecture, Architecture) else None
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Candidates for the rank of the head."""
+        return (self.head_rank,) if isinstance(self.head_rank, int) else tuple(self.head_rank)
+
+    @property
+    def candidates(self) -> tuple[tuple[str, ...], ...]:
+        """Operations that each cell has: all, or the one that was found."""
+        if self.found is not None:
+            return tuple((name,) for name in self.found.operations)
+        return (self.operations,) * self.num_cells
+
+    @property
+    def num_seeds(self) -> int:
+        """Rows of E: P, or the tokens that some layer of a found architecture keeps."""
+        return self.num_virtual_tokens if self.found is None else len(self.found.used)
 
     @property
     def threshold(self) -> float:
-        """Gate below which a token is deleted, as a share of the largest gate if gates are kept."""
-        if self.gate_threshold is not None:
-            return self.gate_threshold
-        return 0.05 if self.gate_after == "keep" else 0.5
+        """Gate below which a token or layer is deleted; none with an exact budget, which counts tokens alone."""
+        if self.exact_budget:
+            return 0.0
+        return 0.5 if self.gate_threshold is None else self.gate_threshold
+
+    def lengths_allowed(self) -> tuple[int, ...]:
+        """Lengths that a search can end with in a layer."""
+        if self.search_tokens:
+            return tuple(range(self.num_virtual_tokens + 1))
+        return (0, self.num_virtual_tokens) if self.search_layers else (self.num_virtual_tokens,)
+
+    def budget(self, shape: ModelShape) -> float:
+        """Deployed numbers that cost nothing."""
+        width = sum(slot.width for slot in shape.slots)
+        if self.budget_mb is not None:
+            return self.budget_mb * 1e6 / BYTES
+        if self.budget_percent is not None:
+            return self.budget_percent / 100 * self.budget_context * width
+        return (DEFAULT_BUDGET if self.budget_tokens is None else self.budget_tokens) * width
+
+    def columns(self, shape: ModelShape) -> list[int]:
+        """Numbers that the head makes for a token of each layer: of layers without tokens none."""
+        if self.found is None:
+            return [slot.width for slot in shape.slots]
+        return [slot.width if row else 0 for slot, row in zip(shape.slots, self.found.tokens, strict=True)]
+
+    def fitted(self, shape: ModelShape) -> PrefixNAS:
+        """The same with its architecture as this model can have it: drawn if it is random, and of as many layers."""
+        found = self.found
+        if isinstance(self.architecture, str):
+            found = Architecture.random(
+                dataclasses.replace(self, architecture=None), shape, int(self.architecture.partition(":")[2])
+            )
+        return self if found is None else dataclasses.replace(self, architecture=found.resampled(len(shape.slots)))
 
     def build(self, shape: ModelShape, num_tasks: int) -> PrefixGenerator:
         """The generator for these layers."""
-        return PrefixGenerator(self, shape)
+        return PrefixGenerator(self.fitted(shape), shape)
 
     def num_parameters(self, shape: ModelShape, num_tasks: int) -> int:
-        """P d_e + d_e h + C sum ops + h q + q sum 2 H D + C |O| + L P + L."""
-        p, h, cells = self.num_virtual_tokens, self.width, self.num_cells
-        generator = p * self.embedding_dim + self.embedding_dim * h
-        generator += cells * sum(operation_parameters(o, p, h) for o in self.operations)
-        head = h * self.head_rank + self.head_rank * sum(slot.width for slot in shape.slots)
-        return generator + head + cells * len(self.operations) + len(shape.slots) * (p + 1)
+        """P d_e + d_e h + sum ops + h q + q sum 2 H D + L; of a search C |O| + candidates of q + L P + L beside."""
+        own = self.fitted(shape)
+        p, h, layers = own.num_seeds, own.width, len(shape.slots)
+        cells = sum(operation_parameters(name, p, h) for names in own.candidates for name in names)
+        total = own.fixed_parameters() + cells + own.head_parameters(shape, max(own.ranks))
+        total += 0 if own.gate_init is None else layers
+        if own.found is not None:
+            return total
+        total += own.num_cells * len(own.operations) + (len(own.ranks) if len(own.ranks) > 1 else 0)
+        return total + layers * (p * own.search_tokens + own.search_layers)
 
+    def fixed_parameters(self) -> int:
+        """Of the seed and of W_in."""
+        return self.num_seeds * self.embedding_dim + self.embedding_dim * self.width
 
-class PrefixGenerator(Prefix):
-    """Seed, cells and head of the generator, with its architecture parameters.
+    def head_parameters(self, shape: ModelShape, rank: int) -> int:
+        """Of a head of this rank."""
+        return rank * (self.width + sum(self.columns(shape)))
 
-    The derived structure is kept in buffers (`choice`, `kept`), so that a checkpoint taken at any moment says by
-    itself whether the search is over and what it found.
-    """
-
-    generated = True
-
-    def __init__(self, config: PrefixNAS, shape: ModelShape) -> None:
-        super().__init__()
-        self.config = config
-        self.shape, self.slots = shape, shape.slots
-        p, h, layers = config.num_virtual_tokens, config.width, len(shape.slots)
-        self.seed = nn.Parameter(torch.randn(p, config.embedding_dim) * 0.02)
-        self.into = nn.Parameter(torch.randn(config.embedding_dim, h) / math.sqrt(config.embedding_dim))
-        self.cells = nn.ModuleList(
-            nn.ModuleList(OPERATIONS[name](p, h) for name in config.operations) for _ in range(config.num_cells)
-        )
-        self.head_in = nn.Parameter(torch.randn(h, config.head_rank) * 0.02)
-        self.head_out = nn.Parameter(torch.randn(config.head_rank, sum(s.width for s in shape.slots)) * 0.02)
-        self.alpha = nn.Parameter(torch.randn(config.num_cells, len(config.operations)) * 1e-3)
-        self.token_gate = nn.Parameter(torch.full((layers, p), -math.log(p) - config.gate_init))
-        self.layer_gate = nn.Parameter(torch.full((layers,), LAYER_GATE_OPEN))
-        self.register_buffer("choice", torch.full((config.num_cells,), -1))
-        self.register_buffer("kept", torch.ones(layers, p, dtype=torch.bool))
-        self.register_buffer("progress", torch.zeros((), dtype=torch.float64))
-        self._warming_up = False
-        self._derived: tuple[list[int], list[list[int]]] | None = None
-        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
-
-    choice: Tensor
-    kept: Tensor
-    progress: Tensor
-
-    @property
-    def searching(self) -> bool:
-        """Whether the architecture is still open."""
-        return self._structure()[0][0] < 0
-
-    def _structure(self) -> tuple[list[int], list[list[int]]]:
-        """Chosen operation per cell (-1: open) and kept tokens per layer, read from the buffers once."""
-        if self._derived is None:
-            tokens = [row.nonzero().flatten().tolist() for row in self.kept.cpu()]
-            self._derived = (self.choice.tolist(), tokens)
-        return self._derived
-
-    def architecture_parameters(self) -> list[nn.Parameter]:
-        """alpha, beta, gamma."""
-        return [self.alpha, self.token_gate, self.layer_gate]
-
-    def set_progress(self, fraction: float) -> None:
-        """Move the temperature, and hold the architecture still during warm-up."""
-        self.progress.fill_(fraction)
-        self._warming_up = fraction < self.config.warmup_fraction
-
-    def cell_weights(self) -> Tensor:
-        """`softmax(alpha / tau)`, `[C, operations]`; tau falls exponentially with progress."""
-        start, end = self.config.temperature
-        tau = start * (end / start) ** self.progress
-        return torch.softmax(self._open(self.alpha) / tau.to(self.alpha.dtype), dim=-1)
-
-    def log_gates(self) -> Tensor:
-        """`log sigmoid(beta) + log sigmoid(gamma)`, `[L, P]`."""
-        log_sigmoid = nn.functional.logsigmoid
-        gates = log_sigmoid(self._open(self.token_gate)) + log_sigmoid(self._open(self.layer_gate))[:, None]
-        # A closed token is one that softmax rounds away exactly; infinity would turn into NaN in some kernels.
-        return gates.clamp_min(-1e4)
-
-    def _open(self, parameter: Tensor) -> Tensor:
-        if not self.searching:
-            return parameter.detach()
-        # Multiplying by zero, not detaching: every parameter then has a gradient, which data-parallel training needs.
-        return parameter.detach() + 0.0 * parameter if self._warming_up else parameter
-
-    def hidden(self) -> Tensor:
-        """`H_C [P, h]`: the cells, relaxed during the search, one operation each afterwards."""
-        choice, _ = self._structure()
-        hidden = self.seed @ self.into
-        weights = self.cell_weights() if self.searching else None
-        for c, cell in enumerate(self.cells):
-            assert isinstance(cell, nn.ModuleList)
-            if weights is None:
-                hidden = cell[choice[c]](hidden)
-            else:
-                outputs = torch.stack([operation(hidden) for operation in cell])
-                hidden = torch.tensordot(weights[c], outputs, dims=1)
-        return hidden
-
-    def forward(self, present: Sequence[int] | None) -> list[LayerPrefix | None]:
-        """Keys, values and gates of every layer, from one run of the generator."""
-        flat = self.hidden() @ self.head_in @ self.head_out
-        log_gates = self.log_gates()
-        _, kept = self._structure()
-        fixed = not self.searching and self.config.gate_after == "unit"
-        layers: list[LayerPrefix | None] = []
-        for layer, (block, slot) in enumerate(
-            zip(torch.split(flat, [s.width for s in self.slots], 1), self.slots, strict=True)
-        ):
-            tokens = kept[layer]
-            if not tokens:
-                layers.append(None)
-                continue
-            gate = log_gates[layer]
-            if len(tokens) < block.shape[0]:
-                block, gate = block[tokens], gate[tokens]
-            # [P, 2 H D] -> [2, 1, H, P, D]
-            both = block.view(-1, 2, slot.num_heads, slot.head_dim).permute(1, 2, 0, 3).unsqueeze(1)
-            layers.append(LayerPrefix(both[0], both[1], None if fixed else gate))
-        return layers
-
-    def penalties(self) -> Mapping[str, Tensor]:
-        """Entropy and cost of the open architecture, weighted; nothing once it is derived."""
-        if not self.searching:
-            return {}
-        config, gates = self.config, self.log_gates().exp()
-        ramp = (2 * self.progress - 1).clamp(0, 1).to(gates.dtype)
-        widths = torch.tensor([s.width for s in self.slots], dtype=gates.dtype, device=gates.device)
-        budget = config.budget_tokens * widths.sum()
-        cost = (gates.sum(1) * widths).sum() / budget
-        terms = {
-            "entropy": config.entropy_weight * ramp * self.entropy(),
-            "cost": config.cost_weight * torch.relu(cost - 1),
-        }
-        if config.parameter_budget is not None:
-            terms["parameters"] = config.parameter_weight * torch.relu(self._expected() / config.parameter_budget - 1)
-        return terms
-
-    def entropy(self) -> Tensor:
-        """Mean categorical entropy of the cells plus mean binary entropy of the token gates, in nats."""
-        log_weights = self.cell_weights().clamp_min(1e-12).log()
-        cells = -(log_weights.exp() * log_weights).sum(-1).mean()
-        logits = self._open(self.token_gate)
-        p = torch.sigmoid(logits)
-        logsigmoid = nn.functional.logsigmoid
-        tokens = -(p * logsigmoid(logits) + (1 - p) * logsigmoid(-logits)).mean()
-        return cells + tokens
-
-    def _expected(self) -> Tensor:
-        config = self.config
-        sizes = [float(operation_parameters(o, config.num_virtual_tokens, config.width)) for o in config.operations]
-        weights = self.cell_weights()
-        return (weights * torch.tensor(sizes, dtype=weights.dtype, device=weights.device)).sum()
-
-    @torch.no_grad()
-    def derive(self) -> None:
-        """Close the search: argmax per cell (Eq. 7), and delete tokens whose gate is below the threshold.
-
-        Our choice: where gates are kept the threshold is relative to the largest one, because a near-identity start
-        holds every gate far below any absolute threshold, and a short search would delete everything; where gates
-        become 1 it is absolute. Tokens that still exceed the budget go in order of gate: a half-open token costs a
-        whole one once deployed. At least one token stays, in the layer that wants it most.
-        """
-        gates = self.log_gates().exp().double()
-        scale = gates.max() if self.config.gate_after == "keep" else 1.0
-        kept = gates >= self.config.threshold * scale
-        kept.view(-1)[gates.argmax()] = True
-        widths = torch.tensor([[slot.width] for slot in self.slots], device=gates.device).expand_as(gates).double()
-        order = torch.where(kept, gates, -1.0).flatten().argsort(descending=True, stable=True)
-        fits = widths.flatten()[order].cumsum(0) <= self.config.budget_tokens * widths[:, 0].sum()
-        fits[0] = True
-        kept &= torch.zeros_like(kept).flatten().scatter(0, order, fits).view_as(kept)
-        self.choice.copy_(self.alpha.argmax(-1))
-        self.kept.copy_(kept)
-        self._derived = None
-
-    def architecture(self) -> Architecture:
-        """Operation per cell and tokens per layer, as they would be (or were) derived."""
-        chosen, kept = self._structure()
-        if self.searching:
-            chosen = self.alpha.argmax(-1).tolist()
-        names = self.config.operations
-        return Architecture(tuple(names[c] for c in chosen), tuple(tuple(row) for row in kept), not self.searching)
-
-    @torch.no_grad()
-    def collapse(self) -> tuple[PrefixTuning, PrefixTable]:
-        """Run the generator a last time and keep only its keys, values and gates, as a plain prefix table."""
-        layers = self(None)
-        gated = any(prefix is not None and prefix.log_gate is not None for prefix in layers)
-        lengths = tuple(0 if prefix is None else prefix.num_tokens for prefix in layers)
-        config = PrefixTuning(num_virtual_tokens=lengths, gated=gated)
-        table = PrefixTable(config, self.shape, num_tasks=1).to(self.seed.device, self.seed.dtype)
-        table.fill(layers)
-        return config, table
-
-
-def _forget(generator: PrefixGenerator, keys: object) -> None:
-    """Read the structure anew after loading; a function of the module, not a lambda, because that can be pickled."""
-    generator._derived = None
+    def measure_operations(self, device: str = "cpu") -> dict[str, float]:
+        """Seconds of each operation for P tokens of width h, forward and backward, on this machine as it is now."""
+        return measured_seconds(self.operations, self.num_virtual_tokens, self.width, device)
