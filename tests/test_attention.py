@@ -313,9 +313,10 @@ def test_installing_twice_over_a_life() -> None:
 
 
 def test_gates_start_as_stated() -> None:
-    """The whole prefix weighs as much as e^-c tokens of equal score."""
+    """The whole prefix weighs as much as e^-c tokens of equal score, times how far gates are open."""
     prompt = peml.PrefixNAS(num_virtual_tokens=16, gate_init=2.0).build(
         ModelShape((AttentionSlot(KV, D),), 24), len(TASKS)
     )
     weight = prompt.log_gates().exp().sum().item()
-    assert weight == pytest.approx(math.exp(-2.0), rel=0.03)
+    is_open = 1 / (1 + math.exp(-2)) / (1 + math.exp(-4))
+    assert weight == pytest.approx(math.exp(-2.0) * is_open, rel=1e-5)

@@ -55,6 +55,9 @@ NAS: dict[str, Any] = {
     "num_virtual_tokens": 4, "num_cells": 1, "width": 8, "embedding_dim": 4, "head_rank": 4, "budget_tokens": 4.0,
 }  # fmt: skip
 
+PLAIN: dict[str, Any] = {"gate_after": "unit", "gate_threshold": 0.0, "gate_init": None}
+"""A search that ends with ordinary tokens."""
+
 
 @pytest.mark.parametrize(
     ("adapter", "prompt", "state", "prefix", "at_input"),
@@ -64,9 +67,11 @@ NAS: dict[str, Any] = {
         (None, peml.PrefixTuning(2, prefix_projection=True, encoder_hidden_size=3), None, True, False),
         (None, peml.PrefixTuning((2, 1)), None, False, False),
         (None, peml.PrefixTuning(2, gated=True), None, True, False),
-        (None, peml.PrefixNAS(**NAS, gate_after="unit", gate_threshold=0.0), None, False, False),
-        (None, peml.PrefixNAS(**NAS, gate_after="unit", gate_threshold=0.0), "derived", True, False),
-        (None, peml.PrefixNAS(**NAS, gate_after="unit", gate_threshold=0.0), "collapsed", True, False),
+        (None, peml.PrefixNAS(**NAS, **PLAIN), None, False, False),
+        (None, peml.PrefixNAS(**NAS, **PLAIN), "derived", True, False),
+        (None, peml.PrefixNAS(**NAS, **PLAIN), "collapsed", True, False),
+        (None, peml.PrefixNAS(**NAS, **PLAIN | {"gate_init": 2.0}), "derived", False, False),
+        (None, peml.PrefixNAS(**NAS, **PLAIN | {"gate_init": 2.0}), "collapsed", False, False),
         (None, peml.PrefixNAS(**NAS, gate_threshold=0.0), "derived", False, False),
         (None, peml.PrefixNAS(**NAS, gate_threshold=0.0), "collapsed", False, False),
         (None, peml.PromptTuning(2), None, True, True),

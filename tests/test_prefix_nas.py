@@ -1,6 +1,7 @@
 """The generator, its search and what becomes of it."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import references
 from models import adapt, gradients, probe_loss, shake, tiny, tokens
 from peml import PemlError
 from peml.prompts import AttentionSlot, ModelShape, PrefixGenerator, PrefixNAS
-from peml.prompts.operations import DEFAULT_OPERATIONS, OPERATIONS, operation_parameters
+from peml.prompts.objective import undecided
+from peml.prompts.operations import DEFAULT_OPERATIONS, OPERATIONS, operation_multiply_adds, operation_parameters
 
 SLOTS = (AttentionSlot(2, 3), AttentionSlot(1, 5), AttentionSlot(2, 3))
 SHAPE = ModelShape(SLOTS, 24)
@@ -63,12 +65,13 @@ def test_every_operation(name: str, p: int, h: int) -> None:
     for one, other, parameter in zip(left, right, trained, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
         # With a single token a softmax is 1 whatever its score; a narrow relu may be closed.
-        assert one.any() or p == 1 or name == "res_bottleneck", parameter.shape
+        assert one.any() or p == 1 or name == "res_bottleneck" or "relu" in name, parameter.shape
 
 
-def test_the_default_operations_leave_out_none() -> None:
-    assert "none" in OPERATIONS and set(DEFAULT_OPERATIONS) == set(OPERATIONS) - {"none"}
-    assert PrefixNAS().operations == DEFAULT_OPERATIONS
+def test_the_default_operations_are_one_of_each_family() -> None:
+    assert set(DEFAULT_OPERATIONS) < set(OPERATIONS) - {"none"} and PrefixNAS().operations == DEFAULT_OPERATIONS
+    families = [re.sub(r"_.*|\d", "", name) for name in DEFAULT_OPERATIONS]
+    assert len(OPERATIONS) == 21 and families.count("mlp") == 2 and len(set(families)) == len(families) - 1
 
 
 @pytest.mark.parametrize("operations", [tuple(OPERATIONS), ("identity",), ("none", "linear")])
@@ -87,7 +90,7 @@ def test_the_formula_of_the_defaults() -> None:
     cell = sum(operation_parameters(name, 32, 512) for name in config.operations)
     assert round(head / 1e6, 1) == 16.8 and round(cell / 1e6, 2) == 2.89
     assert operation_parameters("mlp_gelu_h", 32, 512) == 524_288
-    rest = 32 * 256 + 256 * 512 + 2 * len(config.operations) + 32 * 32 + 32
+    rest = 32 * 256 + 256 * 512 + 2 * len(config.operations) + 32 * 32 + 32 + 32
     assert config.num_parameters(shape, 8) == head + 2 * cell + rest
     assert peml.PrefixTuning(16).num_parameters(shape, 8) == 16 * 32 * 8192 == 4_194_304
     assert peml.PrefixTuning(20).num_parameters(shape, 8) == 32 * 163_840
@@ -95,8 +98,12 @@ def test_the_formula_of_the_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"operations": ("identity",)}, {"num_cells": 3}, {"operations": tuple(OPERATIONS)}]
-)
+    "changes",
+    [
+        {}, {"operations": ("identity",)}, {"num_cells": 3}, {"operations": tuple(OPERATIONS)}, {"head_rank": (2, 4)},
+        {"search_tokens": False}, {"search_layers": False}, {"gate_init": None}, {"architecture": "random:1"},
+    ],
+)  # fmt: skip
 def test_the_count_is_the_formula(changes: dict) -> None:
     config = dataclasses.replace(SMALL, **changes)
     assert sum(p.numel() for p in config.build(SHAPE, 3).parameters()) == config.num_parameters(SHAPE, 3)
@@ -140,7 +147,9 @@ def test_one_hot_weights_and_binary_gates_are_the_derived_network(gate_after: st
         # Products of another shape may round differently in the last place.
         for part in range(2):
             torch.testing.assert_close(derived[part], supernet[part][:, :, tokens_kept], rtol=1e-12, atol=1e-14)
-        assert derived.log_gate is None if gate_after == "unit" else not derived.log_gate.any()
+        torch.testing.assert_close(
+            derived.log_gate, prompt.strength[layer].expand(len(tokens_kept)), rtol=0, atol=1e-14
+        )
 
 
 def numerical(function, parameter: Tensor, step: float = 1e-6) -> Tensor:
@@ -159,28 +168,39 @@ def numerical(function, parameter: Tensor, step: float = 1e-6) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("name", ["entropy", "cost", "parameters"])
-def test_penalties_against_finite_differences(name: str) -> None:
+@pytest.mark.parametrize("relaxation", ["softmax", "gumbel", "sigmoid"])
+@pytest.mark.parametrize("name", ["entropy", "cost", "parameters", "time"])
+def test_penalties_against_finite_differences(name: str, relaxation: str) -> None:
     """And against the formula."""
     prompt = generator(
-        budget_tokens=0.05, parameter_budget=100, entropy_weight=0.3, cost_weight=2.0, parameter_weight=0.5
-    )
+        budget_tokens=0.05, parameter_budget=100, time_budget=1e-4, entropy_weight=0.3, cost_weight=2.0,
+        parameter_weight=0.5, time_weight=0.7, head_rank=(2, 3), relaxation=relaxation,
+    )  # fmt: skip
     prompt.set_progress(0.8)
     term = prompt.penalties()[name]
-    alpha, beta, gamma = (p.detach() for p in prompt.architecture_parameters())
-    tau = 1.0 * (0.1 / 1.0) ** 0.8
-    weights = torch.softmax(alpha / tau, dim=-1)
-    gates = torch.sigmoid(beta)
+    alpha, head, beta, gamma = (p.detach() for p in prompt.architecture_parameters())
+    tau = 1.0 if relaxation == "gumbel" else 1.0 * (0.1 / 1.0) ** 0.8
+    weigh = torch.sigmoid if relaxation == "sigmoid" else lambda a: torch.softmax(a / tau, dim=-1)
+    weights, ranks = weigh(alpha), weigh(head)
+    gates, layers = torch.sigmoid(beta), torch.sigmoid(gamma)
     if name == "entropy":
-        binary = -(gates * gates.log() + (1 - gates) * (1 - gates).log()).mean()
-        expected = 0.3 * (2 * 0.8 - 1) * (-(weights * weights.log()).sum(1).mean() + binary)
+        if relaxation == "sigmoid":
+            rows = [(row * (1 - row)).mean() for row in (*weights, ranks)]
+        else:
+            rows = [-(row * row.log()).sum() for row in (*weights, ranks)]
+        open_gates = sum(-(g * g.log() + (1 - g) * (1 - g).log()).mean() for g in (gates, layers))
+        expected = 0.3 * (2 * 0.8 - 1) * (torch.stack(rows).mean() + open_gates)
     elif name == "cost":
         widths = torch.tensor([slot.width for slot in SLOTS], dtype=torch.float64)
-        cost = (torch.sigmoid(gamma)[:, None] * gates * widths[:, None]).sum()
+        cost = (layers[:, None] * gates * widths[:, None]).sum()
         expected = 2.0 * (cost / (0.05 * widths.sum()) - 1)
-    else:
+    elif name == "parameters":
         sizes = torch.tensor([operation_parameters(o, 5, 9) for o in SMALL.operations], dtype=torch.float64)
-        expected = 0.5 * ((weights * sizes).sum() / 100 - 1)
+        heads = sum(weight * q * (9 + 34) for weight, q in zip(ranks, (2, 3), strict=True))
+        expected = 0.5 * ((5 * 4 + 4 * 9 + (weights * sizes).sum() + heads) / 100 - 1)
+    else:
+        runs = torch.tensor([operation_multiply_adds(o, 5, 9) for o in SMALL.operations], dtype=torch.float64)
+        expected = 0.7 * ((weights * runs).sum() / 1e6 / 1e-4 - 1)
     assert term > 0
     torch.testing.assert_close(term, expected, rtol=1e-7, atol=1e-9)
     trained = prompt.architecture_parameters()
@@ -192,6 +212,32 @@ def test_penalties_against_finite_differences(name: str) -> None:
     assert any(g is not None and g.any() for g in found), "a declared loss without a gradient"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"relaxation": "gumbel"}, {"relaxation": "sigmoid"}, {"gate_relaxation": "straight_through"},
+        {"exact_budget": True}, {"search_tokens": False}, {"search_layers": False}, {"head_rank": (2, 3)},
+    ],
+)  # fmt: skip
+def test_every_declared_term_has_a_gradient_from_the_start(changes: dict) -> None:
+    """With open gates the cost is above the default budget; the entropy counts from the second half on."""
+    prompt = PrefixNAS(8, 2, 9, 4, **{"head_rank": 3, "budget_tokens": 4.0} | changes).build(SHAPE, 1).double()
+    prompt.config = dataclasses.replace(prompt.config, parameter_budget=1, time_budget=1e-9)
+    prompt.set_progress(0.6)
+    terms = prompt.penalties()
+    priced = {"cost"} if "exact_budget" not in changes else set()
+    assert set(terms) == {"entropy", "parameters", "time"} | priced
+    for name, term in terms.items():
+        found = torch.autograd.grad(term, prompt.architecture_parameters(), allow_unused=True, retain_graph=True)
+        assert any(g is not None and g.any() for g in found), name
+
+
+def test_the_cost_at_the_start_is_what_open_tokens_cost() -> None:
+    prompt = PrefixNAS().build(SHAPE, 1)
+    assert prompt.expected_cost().item() == pytest.approx(32 * 0.8808 * 0.9820 / 16, rel=1e-3)
+    assert prompt.penalties()["cost"] > 0.7
+
+
 def test_penalties_rest_where_they_should() -> None:
     """No cost within the budget, no entropy in the first half, nothing once the search is over."""
     prompt = generator(budget_tokens=5.0)
@@ -200,10 +246,10 @@ def test_penalties_rest_where_they_should() -> None:
     assert prompt.penalties()["cost"] == 0 and prompt.penalties()["entropy"] == 0
     prompt.set_progress(0.51)
     assert prompt.penalties()["entropy"] > 0
-    halfway, end = (prompt.set_progress(f) or prompt.penalties()["entropy"] / prompt.entropy() for f in (0.75, 1.0))
+    halfway, end = (prompt.set_progress(f) or prompt.penalties()["entropy"] / undecided(prompt) for f in (0.75, 1.0))
     torch.testing.assert_close(2 * halfway, end)
     prompt.derive()
-    assert prompt.penalties() == {}
+    assert prompt.penalties() == {} and prompt.traces() == {}
 
 
 def test_the_temperature_falls_exponentially() -> None:
@@ -238,26 +284,25 @@ def test_every_parameter_gets_a_gradient(training: str) -> None:
 # Its end
 
 
-def gates_of(prompt: PrefixGenerator) -> Tensor:
-    return prompt.log_gates().exp().detach()
-
-
 @pytest.mark.parametrize("gate_after", ["keep", "unit"])
-@pytest.mark.parametrize("threshold", [None, 0.01, 0.3, 0.9])
+@pytest.mark.parametrize("threshold", [None, 0.01, 0.9])
 @pytest.mark.parametrize("budget", [0.1, 1.0, 2.5, 5.0])
 @pytest.mark.parametrize("spread", [0.0, 3.0])
 def test_deriving(gate_after: str, threshold, budget: float, spread: float) -> None:
-    """Against a loop: threshold (relative for keep), then budget by gate, never empty, never above the budget."""
+    """Against a loop: threshold, then budget in order of gate, never empty, never above the budget."""
     prompt = generator(gate_after=gate_after, gate_threshold=threshold, budget_tokens=budget)
-    shake([prompt.token_gate], spread)
-    gates, config = gates_of(prompt), prompt.config
-    limit = config.threshold * (gates.max() if gate_after == "keep" else 1.0)
+    shake([prompt.token_gate, prompt.layer_gate], spread)
+    (own, layers), config = prompt.gates(), prompt.config
+    limit = 0.5 if threshold is None else threshold
     total = budget * sum(slot.width for slot in SLOTS)
+    gates = (own * layers[:, None]).tolist()
+    places = sorted(((gates[layer][j], layer, j) for layer in range(3) for j in range(5)), reverse=True)
     wanted: list[tuple[int, int]] = []
-    places = sorted(((gates[layer, j].item(), layer, j) for layer in range(3) for j in range(5)), reverse=True)
     spent = 0
-    for gate, layer, j in places:
-        if gate < limit or spent + SLOTS[layer].width > total:
+    for _, layer, j in places:
+        if min(own[layer, j], layers[layer]) < limit:
+            continue
+        if spent + SLOTS[layer].width > total:
             break
         spent += SLOTS[layer].width
         wanted.append((layer, j))
@@ -269,24 +314,42 @@ def test_deriving(gate_after: str, threshold, budget: float, spread: float) -> N
     assert found.derived and not prompt.searching
     assert sorted((layer, j) for layer, row in enumerate(found.tokens) for j in row) == sorted(wanted)
     assert found.operations == tuple(config.operations[c] for c in best)
-    assert sum(found.lengths) >= 1
-    layers = prompt(None)
-    assert tuple(0 if layer is None else layer.num_tokens for layer in layers) == found.lengths
-    assert all(layer is None or (layer.log_gate is None) == (gate_after == "unit") for layer in layers)
-
-
-def test_a_short_search_keeps_its_tokens() -> None:
-    """At a near-identity start every gate is far below 0.05; relative to each other they are equal."""
-    prompt = generator(shaken=False, budget_tokens=5.0)
-    assert gates_of(prompt).max() < 0.05
+    outputs = prompt(None)
+    assert tuple(0 if layer is None else layer.num_tokens for layer in outputs) == found.lengths
+    for layer, row in enumerate(found.tokens):
+        if row:
+            remaining = torch.ones(len(row)) if gate_after == "unit" else torch.tensor([gates[layer][j] for j in row])
+            expected = remaining.double().log() + prompt.strength[layer]
+            torch.testing.assert_close(outputs[layer].log_gate, expected, rtol=1e-6, atol=1e-6)
+    again = prompt.state_dict()
     prompt.derive()
-    assert prompt.architecture().lengths == (5, 5, 5)
+    assert all(torch.equal(again[key], value) for key, value in prompt.state_dict().items())
+
+
+def test_a_search_that_has_not_begun_gives_every_layer_as_much() -> None:
+    """All gates are open and equal: the budget is dealt out in turns, not to the first layers."""
+    prompt = generator(shaken=False, budget_tokens=2.0)
+    prompt.derive()
+    assert prompt.architecture().tokens == ((0, 1),) * 3
+
+
+@pytest.mark.parametrize(("layers", "lengths"), [(True, (5, 5, 0)), (False, (5, 5, 5))])
+def test_lengths_that_are_not_searched_stay_whole(layers: bool, lengths: tuple[int, ...]) -> None:
+    """Without token gates layers go as a whole; without either nothing goes, whatever the budget."""
+    prompt = generator(shaken=False, search_tokens=False, search_layers=layers, budget_tokens=3.5)
+    assert prompt.token_gate is None and (prompt.layer_gate is not None) == layers
+    if layers:
+        with torch.no_grad():
+            prompt.layer_gate[2] -= 1
+    assert ("cost" in prompt.penalties()) == layers
+    prompt.derive()
+    assert prompt.architecture().lengths == lengths
 
 
 def test_a_closed_layer_goes_as_a_whole() -> None:
     prompt = generator(budget_tokens=5.0)
     with torch.no_grad():
-        prompt.layer_gate[1] = -20.0
+        prompt.layer_gate[1] = -0.1  # below 0.5, with every token of it open
     prompt.derive()
     assert prompt.architecture().lengths[1] == 0 and prompt(None)[1] is None
 
@@ -296,14 +359,14 @@ def test_gates_stay_where_they_were_after_the_search() -> None:
     model = adapt(tiny(), prompt=SMALL)
     prompt = model.base_model.prompt
     prompt.derive()
-    before = gates_of(prompt)
+    before, strength = prompt.gates(), prompt.strength.detach().clone()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1)
     for _ in range(2):
         probe_loss(model(input_ids=tokens()).logits).backward()
         assert all(p.grad is None or not p.grad.any() for p in prompt.architecture_parameters())
         optimizer.step()
         optimizer.zero_grad()
-    assert torch.equal(gates_of(prompt), before)
+    assert all(map(torch.equal, prompt.gates(), before)) and not torch.equal(prompt.strength, strength)
 
 
 def test_loading_a_state_reads_the_structure_anew() -> None:
@@ -326,7 +389,7 @@ def test_collapsing_keeps_what_the_generator_gives(state: str) -> None:
         prompt.derive()
     config, table = prompt.collapse()
     compare(table(None), prompt(None), exactly=True)
-    assert config.gated == (state != "unit") and not config.per_task
+    assert config.gated and not config.per_task
     assert config.num_virtual_tokens == prompt.architecture().lengths
     assert sum(p.numel() for p in table.parameters()) == config.num_parameters(SHAPE, 3)
 
@@ -356,13 +419,14 @@ def test_an_inactive_or_frozen_prompt_collapses_frozen() -> None:
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_the_architecture_as_plain_json() -> None:
-    prompt = generator()
-    assert prompt.architecture().to_dict()["derived"] is False
+@torch.no_grad()
+def test_without_strength_unit_gates_are_none_at_all() -> None:
+    """What stock formats and flash attention can hold."""
+    prompt = generator(gate_after="unit", gate_init=None)
+    assert prompt.strength is None and prompt(None)[0].log_gate is not None
     prompt.derive()
-    found = prompt.architecture().to_dict()
-    assert set(found) == {"operations", "lengths", "tokens", "derived"} and found["derived"] is True
-    assert found["lengths"] == [len(row) for row in found["tokens"]]
+    assert all(layer is None or layer.log_gate is None for layer in prompt(None))
+    assert not prompt.collapse()[0].gated
 
 
 @pytest.mark.parametrize(
@@ -375,6 +439,18 @@ def test_the_architecture_as_plain_json() -> None:
         ({"warmup_fraction": 1.0}, r"\[0, 1\)"),
         ({"budget_tokens": 0.0}, "budget_tokens must be above 0"),
         ({"gate_after": "hard"}, "keep or unit, not 'hard'"),
+        ({"relaxation": "hard"}, "softmax, gumbel or sigmoid, not 'hard'"),
+        ({"gate_relaxation": "hard"}, "sigmoid or straight_through, not 'hard'"),
+        ({"head_rank": ()}, "head_rank must be 1 or more"),
+        ({"head_rank": (4, 4)}, "several that differ"),
+        ({"skip_dropout": 1.0}, r"skip_dropout must be in \[0, 1\)"),
+        ({"budget_mb": 1.0}, "budget_tokens and prompt.budget_mb are two budgets"),
+        ({"budget_tokens": None, "budget_percent": 0.0}, "budget_percent must be above 0"),
+        ({"budget_context": 0}, "budget_context must be 1 or more"),
+        ({"exact_budget": True, "search_tokens": False}, "needs prompt.search_tokens"),
+        ({"operation_times": (1.0,)}, "for each of 9 operations"),
+        ({"time_budget": 0.0}, "time_budget must be above 0"),
+        ({"architecture": "found.json"}, 'an architecture or "random:SEED", not .found.json.'),
         ({"operations": ()}, "one or more distinct"),
         ({"operations": ("linear", "linear")}, "one or more distinct"),
         ({"operations": ("linaer",)}, "unknown 'linaer'"),

@@ -205,7 +205,7 @@ def test_each_task_has_an_adapter_of_its_own(projected: bool, tmp_path: Path) ->
 @pytest.mark.parametrize("collapsed", [False, True])
 def test_a_searched_prefix_with_open_gates_and_one_length(collapsed: bool, tmp_path: Path) -> None:
     """As the refusals of the next test say that it can be had."""
-    settings: dict[str, Any] = {"gate_threshold": 0.0, "budget_tokens": 4, "gate_after": "unit"}
+    settings: dict[str, Any] = {"gate_threshold": 0.0, "budget_tokens": 4, "gate_after": "unit", "gate_init": None}
     base, batch = tiny(), tokens(2, 5)
     model = adapt(copy.deepcopy(base), prompt=peml.PrefixNAS(4, 1, 8, 4, 4, **settings))
     model.base_model.prompt.derive()

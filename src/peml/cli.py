@@ -43,6 +43,9 @@ def train(
     add_task: Annotated[Path | None, typer.Option(help="YAML file with the tasks that it gets.")] = None,
     freeze: Annotated[str, typer.Option(help="With --from: shared (train the new tasks alone) or none.")] = "shared",
     init: Annotated[str, typer.Option(help="With --from: identity, mean, or copy:TASK.")] = "identity",
+    architecture: Annotated[
+        str | None, typer.Option(help="Architecture file of an earlier search, or random:SEED: nothing is searched.")
+    ] = None,
 ) -> None:
     """Train one adapter on the tasks of a recipe, or add tasks to a trained one."""
     from peml import regimes
@@ -54,6 +57,13 @@ def train(
     if run is not None and add_task is not None:
         what = regimes.grown_recipe(run, add_task, freeze, init)
         output = output or run.with_name(f"{run.name}+{add_task.stem}")
+    if architecture is not None:
+        if recipe is None:
+            raise PemlError("--architecture goes with a recipe: tasks are added to the architecture that a run has")
+        from peml.training.recipe import load_recipe
+
+        what = load_recipe(recipe, architecture=architecture)
+        output = output or Path(what.train.get("output_dir") or Path("runs") / recipe.stem)
     folder = regimes.train(what, output, resume=resume, overwrite=overwrite, console=console)
     metrics = folder.read_metrics()
     console.print(_scores(metrics, [when for when in ("before", "after") if when in metrics]))

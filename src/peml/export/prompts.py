@@ -167,8 +167,8 @@ def _layers(tuner: PemlModel, present: Sequence[int] | None) -> list[LayerPrefix
         layers = [layer for layer in found if layer is not None]
         if any(layer.log_gate is not None and bool(layer.log_gate.any()) for layer in layers):
             raise PemlError(
-                'the prefix has gates, which PEFT knows nothing of: train with prompt.gate_after "unit" and some steps '
-                "after the search (train.finetune_fraction)"
+                'the prefix has gates, which PEFT knows nothing of: train with prompt.gate_after "unit", '
+                "prompt.gate_init null and some steps after the search (train.finetune_fraction)"
             )
         _check_order(tuner, len(layers))
         positions = lengths[0] - offset

@@ -85,7 +85,9 @@ def _prefix(config: PemlConfig, lengths: Sequence[int] | None, unit_gates: bool,
     if lengths is not None and len(set(lengths)) > 1:
         return Target(name, False, "the prefix has another length in each layer")
     if not unit_gates and (isinstance(prompt, PrefixNAS) or (isinstance(prompt, PrefixTuning) and prompt.gated)):
-        return Target(name, False, 'the tokens carry gates; train with prompt.gate_after "unit"')
+        return Target(
+            name, False, 'the tokens carry gates; train with prompt.gate_after "unit" and prompt.gate_init null'
+        )
     each = ", task) one per task" if prompt.needs_task else ") one for all tasks"
     if prompt.at_input:
         return Target(name, True, f'export.to_peft_prompt(model, folder{each}, with kind="prefix_tuning"')

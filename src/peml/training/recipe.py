@@ -17,7 +17,7 @@ from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.methods import METHODS, method, named
 from peml.mixing import Batches, By, Mixing
-from peml.prompts import Attempt, MultitaskPrompt
+from peml.prompts import Architecture, Attempt, MultitaskPrompt, PrefixNAS
 from peml.tasks import Task
 from peml.training.arguments import AVERAGE, DEFAULTS, check_best, checked, one_line, training_arguments
 from peml.training.balancing import read_balance, write_balance
@@ -76,6 +76,8 @@ class Recipe(Section):
         tasks: suites and own tasks, in any number.
         method: a name from `peml methods`.
         set: changes to the method, e.g. `{adapter.r: 16, prompt.num_virtual_tokens: 32}`.
+        architecture: of a searched prefix, from a run before: the file, or what is in it; or "random:SEED". Nothing is
+            searched then. The recipe that is stored with a run holds the architecture itself.
         chat: whether every task is asked as a user's turn of the model's chat template, unless it says otherwise.
         mixing: how tasks share a batch.
         balance: how tasks share the loss and the gradient, by name or with settings; "equal" is the mean over tasks.
@@ -93,6 +95,7 @@ class Recipe(Section):
     tasks: list[SuiteEntry | OwnEntry] = Field(min_length=1)
     method: str = "peml"
     set: dict[str, Any] = Field(default_factory=dict)
+    architecture: str | dict[str, Any] | None = None
     chat: bool = False
     mixing: MixingSection = MixingSection()
     balance: Annotated[Balance, PlainSerializer(write_balance)] = Equal()
@@ -114,6 +117,9 @@ class Recipe(Section):
         if data.get("regime") is not None:
             known = METHODS.get(str(data.get("method")))
             data["regime"] = read_regime(data["regime"], "joint" if known is None else known.regime)
+        given = data.get("architecture")
+        if isinstance(given, str) and not given.startswith("random:"):
+            data["architecture"] = Architecture.load(given).to_dict()
         if isinstance(data.get("tasks"), list):
             data["tasks"] = [read_entry(i, raw) for i, raw in enumerate(data["tasks"])]
         return data
@@ -127,7 +133,9 @@ class Recipe(Section):
             raise PemlError(f"tasks: {twice[0]!r} is there twice; give each task a name of its own")
         self.build_mixing().check(names)
         check_best(self.train, self.build_tasks())
-        prompt = method(self.method, names, self.set).prompt
+        if self.architecture is not None and not isinstance(method(self.method, names, self.set).prompt, PrefixNAS):
+            raise PemlError(f"architecture is that of a searched prefix, and method {self.method!r} has none: use peml")
+        prompt = method(self.method, names, self.settings).prompt
         if isinstance(self.how, DistilThenAdapt):
             self.how.check(names)
             if not isinstance(prompt, MultitaskPrompt | Attempt):
@@ -194,11 +202,16 @@ class Recipe(Section):
     def config(self) -> PemlConfig:
         """The adapter's configuration."""
         names = [task.name for task in self.build_tasks()]
-        config = method(self.method, names, self.set, task_type="CAUSAL_LM")
+        config = method(self.method, names, self.settings, task_type="CAUSAL_LM")
         if isinstance(config.prompt, Attempt) and isinstance(self.how, DistilThenAdapt):
             sources = self.how.source_names([task.name for task in self.every_task()])
             config.prompt = dataclasses.replace(config.prompt, num_sources=len(sources))
         return config
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Changes to the method: `set`, and an architecture that was found before."""
+        return self.set if self.architecture is None else {**self.set, "prompt.architecture": self.architecture}
 
     def build_mixing(self) -> Mixing:
         """The mixing rule."""
@@ -251,8 +264,8 @@ def _absolute(path: str) -> str:
     return str(local.resolve()) if local.exists() else path
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read and check a recipe.
+def load_recipe(path: str | Path, **changes: Any) -> Recipe:
+    """Read and check a recipe, with other keys changed.
 
     Raises:
         PemlError: naming the file, the line or key, and what is allowed.
@@ -260,7 +273,7 @@ def load_recipe(path: str | Path) -> Recipe:
     data = read_yaml(path)
     if not isinstance(data, dict):
         raise PemlError(f"{path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
-    return validated(data, path)
+    return validated({**data, **changes}, path)
 
 
 def read_yaml(path: str | Path) -> Any:
