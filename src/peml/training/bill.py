@@ -107,9 +107,15 @@ def search_bill(bill: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def origin_of(prompt: Any) -> Mapping[str, Any] | None:
-    """Bill of the search that found an imported architecture: empty if that is not known, None if none is imported."""
-    architecture = getattr(prompt.config, "architecture", None) if isinstance(prompt, PrefixGenerator) else None
-    return None if architecture is None else architecture.origin.get("bill", {})
+    """Where an imported architecture comes from: the bill of its search, or the seed of one that was drawn.
+
+    Empty if neither is known; None if none is imported.
+    """
+    found = prompt.config.found if isinstance(prompt, PrefixGenerator) else None
+    if found is None:
+        return None
+    bill: Mapping[str, Any] = found.origin.get("bill", {})
+    return bill or {key: value for key, value in found.origin.items() if key == "random"}
 
 
 def bill_line(bill: Mapping[str, Any]) -> str:
@@ -125,7 +131,10 @@ def bill_line(bill: Mapping[str, Any]) -> str:
     line = f"bill: {', '.join(shown)}; {whole['device_hours']:.3g} {unit}-hours, {peak:.2f} GiB at most"
     if "origin" not in bill:
         return line
-    seconds = bill["origin"].get("search", {}).get("wall_seconds")
+    origin = bill["origin"]
+    if "random" in origin:
+        return f"{line}; its architecture is drawn with seed {origin['random']}"
+    seconds = origin.get("search", {}).get("wall_seconds")
     before = "a search whose bill is not known" if seconds is None else f"a search of {seconds:.3g} s"
     return f"{line}; its architecture comes from {before}"
 

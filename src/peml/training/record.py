@@ -63,9 +63,7 @@ def record_of(
         "prompt": part_to_dict(config.prompt),
         "environment": environment(),
     }
-    gap = gap_of(trainer.schedule.record, trainer.task_names)
-    # Of the regimes of several stages, the one that searched.
-    gap = gap or next((own["search"]["gap"] for own in stages.values() if "search" in own), None)
+    gap = _gap(trainer, stages)
     if gap is not None:
         record["search"] = {"gap": gap}
     if isinstance(tuner.prompt, PrefixGenerator):
@@ -107,9 +105,8 @@ def write_architecture(
     prompt = trainer.tuner.prompt
     if not isinstance(prompt, PrefixGenerator) or prompt.searching:
         return
-    imported = getattr(prompt.config, "architecture", None)
-    gap = gap_of(trainer.schedule.record, trainer.task_names)
-    gap = gap or next((own["search"]["gap"] for own in stages.values() if "search" in own), None)
+    imported = prompt.config.found
+    gap, bill = _gap(trainer, stages), bill_now(bench, trainer, seconds, stages)
     origin = (
         imported.origin
         if imported is not None
@@ -117,12 +114,18 @@ def write_architecture(
             "base": bench.recipe.model,
             "tasks": list(bench.tasks),
             "seed": bench.recipe.seed,
-            "steps": int(trainer.schedule.record.get("derive/step", 0)),
+            "steps": bill["search"]["steps"],
             "gap": None if gap is None else gap["lost"]["average"],
-            "bill": search_bill(bill_now(bench, trainer, seconds, stages)),
+            "bill": search_bill(bill),
         }
     )
     dataclasses.replace(prompt.architecture(), origin=origin).save(folder.architecture)
+
+
+def _gap(trainer: MultiTaskTrainer, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Of this training, or of the stage before it that searched."""
+    own = gap_of(trainer.schedule.record, trainer.task_names)
+    return own or next((stage["search"]["gap"] for stage in stages.values() if "search" in stage), None)
 
 
 def environment() -> dict[str, Any]:

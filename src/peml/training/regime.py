@@ -140,7 +140,7 @@ class Searched(Section):
                 f"regime {name} searches an architecture, and method {method!r} has none: use peml, prefix-nas or "
                 "peml+mtl, or the regime joint"
             )
-        if getattr(prompt, "architecture", None) is not None:
+        if prompt.architecture is not None:
             raise PemlError(
                 f"regime {name} searches an architecture, and this recipe imports one: leave out architecture, or the "
                 "regime"
