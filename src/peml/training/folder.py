@@ -141,6 +141,9 @@ class RunFolder:
             try:
                 if line and (entry := json.loads(line))["step"] <= step:
                     kept.append(entry)
+                    # Behind the note of the checkpoint stands what the next step began with, a derivation for one.
+                    if entry["step"] == step and entry.get("checkpoint"):
+                        break
             except (ValueError, KeyError, TypeError):  # the line that was being written when the run was killed
                 continue
         write_text(self.log, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept))
