@@ -168,3 +168,60 @@ def test_an_imported_architecture_is_not_searched(tmp_path: Path) -> None:
 
 def found_bill(folder: RunFolder) -> Any:
     return json.loads(folder.architecture.read_text())["origin"]["bill"]
+
+
+SMALL = {f"prompt.{name}": 8 for name in ("width", "embedding_dim", "head_rank", "num_virtual_tokens")}
+
+
+def encoder_recipe(folder: Path, how: Any) -> Path:
+    from test_forms import settings
+
+    train = recipe(folder)["train"] | {"max_steps": 8, "save_steps": 4}
+    return settings(folder, "bert", method="peml", set={"adapter.r": 2, **SMALL}, regime=how, train=train)
+
+
+def test_heads_are_trained_in_both_stages_and_fitted_once(tmp_path: Path) -> None:
+    import peml.training.run as running
+
+    fitted: list[list[str]] = []
+    original = running.probe_heads
+
+    def spy(model: Any, bench: Any, tasks: Any, without: Any) -> None:
+        fitted.append(list(tasks))
+        original(model, bench, tasks, without)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "probe_heads", spy)
+        whole = peml.train(encoder_recipe(tmp_path, "sequential"), tmp_path / "run")
+    assert fitted == [["size", "color", "count"], []]
+    ends = [
+        {key: value for key, value in weights(folder).items() if "head_host" in key}
+        for folder in (RunFolder(whole.stages / "prompt"), whole)
+    ]
+    moved = [float((ends[1][key] - value).abs().max()) for key, value in ends[0].items()]
+    assert moved and all(0 < step < 1 for step in moved), "they go on from where the first stage left them"
+    assert set(whole.read_metrics()["parameters"]) == {"adapter", "heads"}
+
+
+def test_heads_are_not_fitted_to_the_rows_of_the_architecture(tmp_path: Path) -> None:
+    import peml.training.probing as probing
+    from peml.mixing import split_off
+    from peml.training.workbench import prepare
+
+    seen: list[str] = []
+    original = probing.encode_heads
+
+    def spy(tokenizer: Any, examples: Any, *args: Any) -> Any:
+        seen.extend(f"{example.task} {example.origin}" for example in examples)
+        return original(tokenizer, examples, *args)
+
+    path = encoder_recipe(tmp_path, "alternate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probing, "encode_heads", spy)
+        whole = peml.train(path, tmp_path / "run")
+    bench = prepare(load_recipe(path))
+    order = [f"{example.task} {example.origin}" for rows in bench.train.values() for example in rows]
+    tasks = [at for at, rows in enumerate(bench.train.values()) for _ in rows]
+    held = {order[row] for row in split_off(tasks, list(bench.train), 0.5, 0)}
+    assert len(seen) == 90 and set(seen) == set(order) - held
+    assert {"architecture", "heads"} <= set(whole.read_metrics()["parameters"])
