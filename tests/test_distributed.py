@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import peml
 from peml.training import train
 from workshop import recipe, write_recipe
 
@@ -38,3 +39,32 @@ def test_two_processes_equal_one(tmp_path: Path, method: str) -> None:
     losses = [one.read_metrics()["train_loss"], type(one)(tmp_path / "two").read_metrics()["train_loss"]]
     for task, ends in losses[0].items():
         assert ends["first"] == pytest.approx(losses[1][task]["first"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regime", ["alternate", "unrolled"])
+def test_two_processes_take_the_architecture_steps_of_one(tmp_path: Path, regime: str) -> None:
+    base = recipe(tmp_path)
+    how = {"name": regime, "weight_decay": 0.0, "max_grad_norm": 0.0}
+    arguments = base["train"] | {"max_steps": 6, "optim": "sgd", "max_grad_norm": 0.0, "use_cpu": True}
+    # Small steps: Adam would blow differences of rounding up to their size. What it remembers is compared below.
+    arguments |= {"prompt_learning_rate": 1e-2, "architecture_learning_rate": 1e-6, "save_steps": 4}
+    changes = {"regime": how, "evaluate_before": False}
+    one = peml.train(write_recipe(tmp_path, train=arguments, **changes), tmp_path / "one")
+
+    halves = arguments | {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
+    path = write_recipe(tmp_path, train=halves, **changes)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "peml"]
+    command = [*launch, "train", str(path), "--output", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    for name in ("adapter_model", "architecture"):
+        expected, given = (
+            load_file(tmp_path / folder / "checkpoints" / "checkpoint-4" / f"{name}.safetensors")
+            for folder in ("one", "two")
+        )
+        assert expected.keys() == given.keys() and expected
+        for key, value in expected.items():
+            torch.testing.assert_close(given[key], value, rtol=2e-2, atol=1e-6, msg=key)
+    assert (one.path / "architecture.json").exists() and (tmp_path / "two" / "architecture.json").exists()

@@ -17,7 +17,7 @@ from models import TASKS, adapt, assert_same, gradients, shake
 from peml import PemlError, routing
 from peml.heads import Heads, apart, pooled
 from peml.inspection import inspect_folder
-from peml.training.trainer import parameter_groups
+from peml.training.groups import parameter_groups
 
 LABELS = (3, 1, 2)
 HEADS = Heads(num_labels=LABELS, means=(0.0, 2.5, 0.0), scales=(1.0, 1.5, 1.0), dropout=0.0)

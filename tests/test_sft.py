@@ -16,7 +16,7 @@ import peml
 from models import gradients, shake
 from peml import PemlError
 from peml.tasks.encode import IGNORED, Encoded
-from peml.training import MultiTaskTrainer, TaskRows
+from peml.training import MultiTaskTrainer, SearchCallback, TaskRows
 from workshop import tiny_tokenizer
 
 try:
@@ -308,6 +308,35 @@ def test_a_search_runs_to_its_end_and_pays_its_penalties(tmp_path) -> None:
     rates = {group["name"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
     assert rates == {"adapter": 1e-2, "adapter per task": 1e-2, "prompt": 2e-3, "architecture": 3e-3}
     assert not model.base_model.prompt.searching
+
+
+@needs_trl
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_callback_leads_the_search_in_trls_own_trainer(parts: int, tmp_path) -> None:
+    """And pays its penalties: the same training as with them in the loss, whatever is accumulated."""
+    prompt = peml.PrefixNAS(num_virtual_tokens=4, width=6, embedding_dim=5, head_rank=3, budget_tokens=1)
+    model, rows = adapted(adapter=peml.LoRA(r=2), prompt=prompt), some_rows()
+    twin = copy.deepcopy(model)
+    shared = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 8}
+    batch = {"per_device_train_batch_size": 6 // parts, "gradient_accumulation_steps": parts}
+    theirs = sft(trl.SFTTrainer, tmp_path, model, rows, **shared, **batch)
+    theirs.add_callback(SearchCallback(theirs.model))
+    theirs.train()
+    rates = {"prompt_learning_rate": 0.1, "architecture_learning_rate": 0.1}
+    wanted = multi_task(tmp_path, twin, [{**row, "task": "all"} for row in rows], rates, **shared, **batch)
+    wanted.train()
+    assert not model.base_model.prompt.searching
+    for (name, left), right in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    logged = [log for log in wanted.state.log_history if "derive/step" in log]
+    assert [log["derive/step"] for log in logged] == [7.0]
+
+
+def test_the_callback_says_what_it_cannot_lead() -> None:
+    with pytest.raises(PemlError, match="SearchCallback needs a model with a PEML adapter"):
+        SearchCallback(base())
+    with pytest.raises(PemlError, match="adapter.align is a loss of every forward, which a callback cannot add"):
+        SearchCallback(adapted(tuple(TASKS), adapter=peml.LoRA(r=2, align="mmd")))
 
 
 @needs_trl

@@ -49,6 +49,7 @@ def train(
 ) -> None:
     """Train one adapter on the tasks of a recipe, or add tasks to a trained one."""
     from peml import regimes
+    from peml.training.bill import bill_line
 
     what: Any = recipe
     if (run is None) != (add_task is None) or (run is None) == (recipe is None):
@@ -76,6 +77,7 @@ def train(
         f"{count:,} trained parameters, {metrics['train_seconds']:.0f} s of training{before}, "
         f"run in {escape(str(folder.path))}"
     )
+    console.print(bill_line(metrics["bill"]), highlight=False)
 
 
 @app.command()

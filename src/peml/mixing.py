@@ -10,7 +10,7 @@ workers loads them.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -312,11 +312,49 @@ def held_out(row_tasks: Sequence[int], task_names: Sequence[str], rows: int, see
     Raises:
         PemlError: a task with a single row.
     """
+    return _set_aside(row_tasks, task_names, lambda own: min(rows, max(1, own // 10)), seed, "balance")
+
+
+def split_off(row_tasks: Sequence[int], task_names: Sequence[str], share: float, seed: int) -> tuple[int, ...]:
+    """A share of the rows of each task, and one at least on either side.
+
+    Raises:
+        PemlError: a task with a single row.
+    """
+    return _set_aside(row_tasks, task_names, lambda own: min(max(1, round(share * own)), own - 1), seed, "architecture")
+
+
+def _set_aside(
+    row_tasks: Sequence[int], task_names: Sequence[str], wanted: Callable[[int], int], seed: int, what_for: str
+) -> tuple[int, ...]:
     tasks, chosen = np.asarray(row_tasks), []
     for task, name in enumerate(task_names):
         own = np.flatnonzero(tasks == task)
         if len(own) == 1:
-            raise PemlError(f"task {name!r} has too few training rows to hold one out for the balance: give it two")
-        count = min(rows, max(1, len(own) // 10), len(own))
+            raise PemlError(f"task {name!r} has too few training rows to hold one out for the {what_for}: give it two")
+        count = min(wanted(len(own)), len(own)) if len(own) else 0
         chosen += np.random.default_rng([seed, _HELD_OUT, task]).choice(own, count, replace=False).tolist()
     return tuple(sorted(chosen))
+
+
+class InTurn(Sampler[int]):
+    """The rows of one sampler, then those of the next; one epoch is the whole training.
+
+    Args:
+        phases: each with the rows that it gives in all.
+    """
+
+    def __init__(self, *phases: MixtureSampler) -> None:
+        self.phases = phases
+
+    def __len__(self) -> int:
+        """Rows of the training."""
+        return sum(len(phase) for phase in self.phases)
+
+    def set_epoch(self, epoch: int) -> None:
+        """There is one only."""
+
+    def __iter__(self) -> Iterator[int]:
+        """All rows."""
+        for phase in self.phases:
+            yield from phase

@@ -10,6 +10,8 @@ from rich.console import Console
 
 from peml.regimes.distil_then_adapt import distil_then_adapt
 from peml.regimes.grow import grow, grown_recipe
+from peml.regimes.retrain import retrain
+from peml.regimes.sequential import sequential
 from peml.training.folder import RunFolder
 from peml.training.recipe import Recipe, load_recipe
 from peml.training.run import train as joint
@@ -32,7 +34,16 @@ class Regime(Protocol):
         """Train, and write the run's folder."""
 
 
-REGIMES: Mapping[str, Regime] = {"joint": joint, "distil_then_adapt": distil_then_adapt, "grow": grow}
+REGIMES: Mapping[str, Regime] = {
+    "joint": joint,
+    "distil_then_adapt": distil_then_adapt,
+    "grow": grow,
+    "sequential": sequential,
+    # These differ in the trainer's steps alone.
+    "alternate": joint,
+    "unrolled": joint,
+    "retrain": retrain,
+}
 """Every regime by the name that recipes and methods have for it."""
 
 

@@ -12,15 +12,16 @@ from peft import PeftModel
 from rich.console import Console
 from torch import Tensor
 
-from peml.attached import HOOKS, HOST
+from peml.attached import HOST
 from peml.errors import PemlError
 from peml.prompts import Attempt, MultitaskPrompt, Prompt
+from peml.regimes.stages import Part, in_turn
 from peml.training.data import TaskRows
 from peml.training.distillation import Distillation
-from peml.training.folder import RunFolder, write_text
+from peml.training.folder import RunFolder
 from peml.training.recipe import MixingSection, Recipe
 from peml.training.regime import DistilThenAdapt
-from peml.training.run import Stage, check_same_recipe, train
+from peml.training.run import Stage
 from peml.training.workbench import Workbench, load_base, prepare
 from peml.tuner import PemlModel
 
@@ -59,50 +60,26 @@ def distil_then_adapt(
     """
     how = recipe.how
     assert isinstance(how, DistilThenAdapt)
-    folder = RunFolder(output)
-    arguments = recipe.training_arguments(str(folder.checkpoints))
-    main, wait = arguments.process_index == 0, arguments.distributed_state.wait_for_everyone
-    folder.check(resume=resume, overwrite=overwrite)
-    if resume:
-        check_same_recipe(recipe, folder)
-        if folder.finished:
-            return train(recipe, output, resume=True, console=console, stage=Stage("targets"))
-    stages = _recipes(recipe, how)
-    base = load_base(recipe) if workbench is None else (workbench.tokenizer, workbench.model)
-    # The rows of all stages first: the last one should not fail after hours in the others.
-    benches = {name: prepare(stage, base=base) for name, stage in stages.items()}
-    for bench in benches.values():
-        if bench.form == "heads":
-            raise PemlError("regime distil_then_adapt learns from answers in words: use it with a language model")
-        TaskRows.encode(bench.tokenizer, bench.train, bench.max_length, bench.form)
-        bench.check()
-    wait()
-    if main and not (resume and folder.is_run):
-        folder.create(overwrite=overwrite)
-        write_text(folder.recipe, recipe.to_yaml())
-    wait()
-    teachers, student = (RunFolder(folder.stages / name) for name in ("teachers", "student"))
-    begins: dict[str, Callable[[PeftModel], Distillation | None]] = {
-        "teachers": lambda model: None,
-        "student": lambda model: _taught(model, how, teachers) if "teachers" in stages else None,
-        "targets": lambda model: _adapted(model, student) if "student" in stages else _sourced(model, teachers),
-    }
-    bill: dict[str, Any] = {}
-    for name, bench in benches.items():
-        last = name == "targets"
-        run = folder if last else RunFolder(folder.stages / name)
-        if last or not run.finished:
-            stage = Stage(name, begins[name], lambda model: model.unload(), record={"stages": bill} if last else {})
-            try:
-                train(stages[name], run.path, resume=run.is_run, console=console, workbench=bench, stage=stage)
-            except BaseException:
-                # The base model is the caller's, and was plain.
-                hooks = bench.model.__dict__.get(HOOKS)
-                if hooks is not None:
-                    hooks.opener.unload()
-                raise
-        bill[name] = _cost(run)
-    return folder
+
+    def prepared(folder: RunFolder) -> dict[str, Part]:
+        stages = _recipes(recipe, how)
+        base = load_base(recipe) if workbench is None else (workbench.tokenizer, workbench.model)
+        # The rows of all stages first: the last one should not fail after hours in the others.
+        benches = {name: prepare(stage, base=base) for name, stage in stages.items()}
+        for bench in benches.values():
+            if bench.form == "heads":
+                raise PemlError("regime distil_then_adapt learns from answers in words: use it with a language model")
+            TaskRows.encode(bench.tokenizer, bench.train, bench.max_length, bench.form)
+            bench.check()
+        teachers, student = (RunFolder(folder.stages / name) for name in ("teachers", "student"))
+        begins: dict[str, Callable[[PeftModel], Distillation | None]] = {
+            "teachers": lambda model: None,
+            "student": lambda model: _taught(model, how, teachers) if "teachers" in stages else None,
+            "targets": lambda model: _adapted(model, student) if "student" in stages else _sourced(model, teachers),
+        }
+        return {name: Part(stages[name], bench, Stage(begin=begins[name])) for name, bench in benches.items()}
+
+    return in_turn(recipe, output, prepared, resume=resume, overwrite=overwrite, console=console)
 
 
 def _recipes(recipe: Recipe, how: DistilThenAdapt) -> dict[str, Recipe]:
@@ -183,10 +160,3 @@ def _prompt_of(model: PeftModel, folder: RunFolder) -> tuple[Prompt, list[str]]:
     names = list(model.peft_config["earlier"].task_names)
     model.delete_adapter("earlier")
     return prompt, names
-
-
-def _cost(folder: RunFolder) -> dict[str, Any]:
-    """What a stage took and trained, for the bill of the whole."""
-    metrics = folder.read_metrics()
-    keys = ("steps", "train_seconds", "peak_memory_bytes", "parameters", "learning_rates", "after", "average")
-    return {key: metrics[key] for key in keys if key in metrics}

@@ -4,6 +4,17 @@ from peml.training.data import Collator, TaskRows
 from peml.training.folder import RunFolder
 from peml.training.recipe import Recipe, load_recipe
 from peml.training.run import open_run, train
+from peml.training.search import SearchCallback
 from peml.training.trainer import MultiTaskTrainer
 
-__all__ = ["Collator", "MultiTaskTrainer", "Recipe", "RunFolder", "TaskRows", "load_recipe", "open_run", "train"]
+__all__ = [
+    "Collator",
+    "MultiTaskTrainer",
+    "Recipe",
+    "RunFolder",
+    "SearchCallback",
+    "TaskRows",
+    "load_recipe",
+    "open_run",
+    "train",
+]

@@ -25,6 +25,8 @@ OWN: Mapping[str, Any] = {
     "head_learning_rate": float | None,
     "probe_rows": int,
     "finetune_fraction": float,
+    "after_search": typing.Literal["finetune", "keep"],
+    "measure_gap": bool,
     "early_stopping_patience": int | None,
     "early_stopping_threshold": float,
 }
@@ -41,6 +43,8 @@ DEFAULTS: Mapping[str, Any] = {
     "seed": 0,
     "dtype": "auto",
     "finetune_fraction": 0.1,
+    "after_search": "finetune",
+    "measure_gap": True,
     "probe_rows": 2000,
     "early_stopping_threshold": 0.0,
 }
@@ -102,6 +106,11 @@ def checked(train: Mapping[str, Any]) -> dict[str, Any]:
             raise PemlError(f"train.{key} must be {_AT_LEAST[key]:g} or more, not {value!r}")
         if number is not None and key in _BELOW and number >= _BELOW[key]:
             raise PemlError(f"train.{key} must be below {_BELOW[key]:g}, not {value!r}")
+    if out.get("after_search") == "keep" and out.get("finetune_fraction", DEFAULTS["finetune_fraction"]) not in (
+        0,
+        DEFAULTS["finetune_fraction"],
+    ):
+        raise PemlError("train.after_search: keep leaves no step after the search: leave out finetune_fraction")
     return out
 
 

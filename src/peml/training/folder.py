@@ -23,8 +23,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 class RunFolder:
     """Names of a run's files.
 
-    `recipe.yaml` (resolved), `adapter/` (PEFT's), `metrics.json`, `log.jsonl`, `checkpoints/`, and `stages/`, the
-    runs of a regime's earlier stages.
+    `recipe.yaml` (resolved), `adapter/` (PEFT's), `metrics.json`, `log.jsonl`, `checkpoints/`, `architecture.json`
+    where one was searched, and `stages/`, the runs of a regime's earlier stages.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -35,6 +35,7 @@ class RunFolder:
         self.log = self.path / "log.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluation.json"
+        self.architecture = self.path / "architecture.json"
         self.stages = self.path / "stages"
 
     @classmethod
@@ -90,7 +91,7 @@ class RunFolder:
         if overwrite:
             for part in (self.adapter, self.checkpoints, self.stages):
                 shutil.rmtree(part, ignore_errors=True)
-            for file in (self.metrics, self.log, self.recipe, self.evaluation):
+            for file in (self.metrics, self.log, self.recipe, self.evaluation, self.architecture):
                 file.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
 
@@ -140,6 +141,9 @@ class RunFolder:
             try:
                 if line and (entry := json.loads(line))["step"] <= step:
                     kept.append(entry)
+                    # Behind the note of the checkpoint stands what the next step began with, a derivation for one.
+                    if entry["step"] == step and entry.get("checkpoint"):
+                        break
             except (ValueError, KeyError, TypeError):  # the line that was being written when the run was killed
                 continue
         write_text(self.log, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept))

@@ -6,7 +6,8 @@ all, keeps what the encoder was pre-trained for (arXiv:2202.10054, section 4).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from itertools import accumulate
 from typing import Any, cast
 
 import numpy as np
@@ -26,7 +27,7 @@ INVERSE_STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 rows, or leaving out each row, chooses one for each task. Our choice: one for all fits some tasks by heart."""
 
 
-def probe_heads(model: PeftModel, bench: Workbench, tasks: Iterable[str]) -> None:
+def probe_heads(model: PeftModel, bench: Workbench, tasks: Iterable[str], without: Collection[int] = ()) -> None:
     """Fit heads to the features of the model as it is: logistic regression for classes, ridge for values.
 
     At most `train.probe_rows` rows of each task are looked at. A task whose rows are all of one class keeps its random
@@ -36,14 +37,17 @@ def probe_heads(model: PeftModel, bench: Workbench, tasks: Iterable[str]) -> Non
         model: with heads.
         bench: with the training rows, and the recipe.
         tasks: whose heads are fitted.
+        without: training rows, counted over all tasks, that weights must not have seen.
     """
     tuner, most = cast("PemlModel", model.base_model), bench.recipe.setting("probe_rows")
     config, heads = tuner.config_in_force, tuner.heads
     assert config is not None and heads is not None
     if not most or heads.config.hidden:
         return
+    begins = dict(zip(bench.train, accumulate(map(len, bench.train.values()), initial=0), strict=False))
+    apart = set(without)
     for name in tasks:
-        given = bench.train[name]
+        given = [row for at, row in enumerate(bench.train[name], begins[name]) if at not in apart]
         order = np.random.default_rng([bench.recipe.seed, 4]).permutation(len(given))[:most]
         rows = TaskRows({name: encode_heads(bench.tokenizer, [given[i] for i in order], bench.max_length)}, "heads")
         if len(rows) > 1:

@@ -49,11 +49,18 @@ class RunLog(TrainerCallback):
         self.last_loss: dict[str, float] = {}
         self._start = time.perf_counter()
 
+    def start(self) -> None:
+        """The training begins now."""
+        self._start = time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Seconds of the training so far, with those before an interruption."""
+        return self.spent + time.perf_counter() - self._start
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the bar, from where a resumed run goes on."""
-        self._start = time.perf_counter()
         for entry in state.log_history:
             self._remember(entry)
         if state.is_world_process_zero:
@@ -75,7 +82,7 @@ class RunLog(TrainerCallback):
         """Keep the numbers; show the loss beside the bar."""
         self._remember(logs or {})
         if state.is_world_process_zero and logs:
-            elapsed = round(self.spent + time.perf_counter() - self._start, 3)
+            elapsed = round(self.elapsed(), 3)
             self.folder.append_log({"step": state.global_step, "elapsed_seconds": elapsed, **logs})
             if self.bar is not None and "loss" in logs:
                 self.progress.update(self.bar, description=f"{self.label} (loss {logs['loss']:.3f})")
@@ -83,7 +90,7 @@ class RunLog(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note the time at a checkpoint, from which the bill of a resumed run goes on."""
         if state.is_world_process_zero:
-            elapsed = round(self.spent + time.perf_counter() - self._start, 3)
+            elapsed = round(self.elapsed(), 3)
             self.folder.append_log({"step": state.global_step, "elapsed_seconds": elapsed, "checkpoint": True})
 
     def on_train_end(
@@ -91,7 +98,7 @@ class RunLog(TrainerCallback):
     ) -> None:
         """Take the bar away; say which step was kept, where that is not the last."""
         if state.is_world_process_zero and (chosen := kept(args, state)):
-            elapsed = round(self.spent + time.perf_counter() - self._start, 3)
+            elapsed = round(self.elapsed(), 3)
             self.folder.append_log({"step": state.global_step, "elapsed_seconds": elapsed, **chosen})
         if self.bar is not None:
             self.progress.remove_task(self.bar)

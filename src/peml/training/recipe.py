@@ -23,7 +23,7 @@ from peml.training.arguments import AVERAGE, DEFAULTS, check_best, checked, one_
 from peml.training.balancing import read_balance, write_balance
 from peml.training.entries import OwnEntry, Section, SuiteEntry, build_tasks, first_problem, read_entry
 from peml.training.folder import RESOLVED
-from peml.training.regime import REGIMES, DistilThenAdapt, Grow, Joint, read_regime
+from peml.training.regime import REGIMES, DistilThenAdapt, Grow, Joint, Regime, Searched, Sequential, read_regime
 
 FOREIGN_KEYS: Mapping[str, str] = {
     "base_model": "model",
@@ -84,7 +84,8 @@ class Recipe(Section):
         regime: how the parts are trained, by name or with settings; None: as the method says.
         train: names of `TrainingArguments`, and `dtype`, `attn_implementation`, `max_length`,
             `prompt_learning_rate`, `task_prompt_learning_rate`, `architecture_learning_rate`, `head_learning_rate`,
-            `probe_rows`, `finetune_fraction`, `early_stopping_patience`, `early_stopping_threshold`.
+            `probe_rows`, `finetune_fraction`, `after_search`, `measure_gap`, `early_stopping_patience`,
+            `early_stopping_threshold`.
         evaluate_before: measure the base model too, before training.
     """
 
@@ -98,7 +99,7 @@ class Recipe(Section):
     chat: bool = False
     mixing: MixingSection = MixingSection()
     balance: Annotated[Balance, PlainSerializer(write_balance)] = Equal()
-    regime: Joint | DistilThenAdapt | Grow | None = None
+    regime: Regime | None = None
     train: dict[str, Any] = Field(default_factory=dict)
     evaluate_before: bool = True
 
@@ -151,10 +152,13 @@ class Recipe(Section):
             self.how.check(names)
         elif isinstance(prompt, Attempt):
             raise PemlError("method 'attempt' needs prompts of source tasks: leave its regime, distil_then_adapt")
+        elif isinstance(self.how, Sequential | Searched):
+            config = self.config()
+            self.how.check(self.method, config.adapter, config.prompt)
         return self
 
     @property
-    def how(self) -> Joint | DistilThenAdapt | Grow:
+    def how(self) -> Regime:
         """The regime: what the recipe says, else what the method says."""
         return self.regime or REGIMES[named(self.method).regime]()
 
@@ -221,6 +225,11 @@ class Recipe(Section):
     def setting(self, key: str) -> Any:
         """A value of `train`, or its default here."""
         return self.train.get(key, DEFAULTS.get(key))
+
+    @property
+    def finetune_fraction(self) -> float:
+        """Share of the steps that follows a search."""
+        return 0.0 if self.setting("after_search") == "keep" else float(self.setting("finetune_fraction"))
 
     def training_arguments(self, output_dir: str) -> TrainingArguments:
         """What transformers' Trainer gets.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictInt, ValidationError
 
 from peml.errors import PemlError
+from peml.prompts import PrefixNAS
 from peml.training.arguments import checked
 from peml.training.entries import Section, first_problem
 
@@ -98,15 +99,113 @@ class Grow(Section):
             )
 
 
+class Sequential(Section):
+    """One axis after the other, in as many steps as a joint training has.
+
+    Args:
+        order: which axis comes first; it is frozen while the other is trained. A search belongs to the prompt.
+        split: share of the steps that the first axis gets; our choice: half.
+    """
+
+    name: Literal["sequential"] = "sequential"
+    order: Literal["prompt_first", "adapter_first"] = "prompt_first"
+    split: float = Field(0.5, gt=0, lt=1)
+
+    def check(self, method: str, adapter: object, prompt: object) -> None:
+        """Refuse a method that lacks one of the two.
+
+        Raises:
+            PemlError: naming what it lacks.
+        """
+        for axis, part in (("adapter", adapter), ("prompt", prompt)):
+            if part is None:
+                raise PemlError(
+                    f"regime sequential trains adapter and prompt one after the other, and method {method!r} has no "
+                    f"{axis}: use one with both, as lora+prefix and peml have, or the regime joint"
+                )
+
+
+class Searched(Section):
+    """A regime that is about an architecture."""
+
+    def check(self, method: str, adapter: object, prompt: object) -> None:
+        """Refuse a method that searches nothing.
+
+        Raises:
+            PemlError: naming it, and those that do.
+        """
+        name = self.name  # type: ignore[attr-defined]
+        if not isinstance(prompt, PrefixNAS):
+            raise PemlError(
+                f"regime {name} searches an architecture, and method {method!r} has none: use peml, prefix-nas or "
+                "peml+mtl, or the regime joint"
+            )
+        if prompt.architecture is not None:
+            raise PemlError(
+                f"regime {name} searches an architecture, and this recipe imports one: leave out architecture, or the "
+                "regime"
+            )
+
+
+class Bilevel(Searched):
+    """Architecture and weights by turns, each on rows of its own (DARTS, arXiv:1806.09055).
+
+    Args:
+        held_out: share of each task's training rows that the architecture is trained on, and the weights are not.
+        betas, weight_decay, max_grad_norm: of the architecture's Adam, as in DARTS's official code, whose clipping is
+            of the weights'; its rate is `train.architecture_learning_rate`, here 3e-4 if it is not given.
+    """
+
+    held_out: float = Field(0.5, gt=0, lt=1)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.5, 0.999)
+    weight_decay: float = Field(1e-3, ge=0)
+    max_grad_norm: float = Field(5.0, ge=0)
+
+    @property
+    def learning_rate(self) -> float:
+        """DARTS's, of the architecture."""
+        return 3e-4
+
+
+class Alternate(Bilevel):
+    """First order: the architecture takes the weights as they are."""
+
+    name: Literal["alternate"] = "alternate"
+
+
+class Unrolled(Bilevel):
+    """Second order: the architecture looks one step of the weights ahead.
+
+    Args:
+        epsilon: norm by which the weights are moved for the difference of gradients.
+    """
+
+    name: Literal["unrolled"] = "unrolled"
+    epsilon: float = Field(0.01, gt=0)
+
+
+class Retrain(Searched):
+    """A joint search, then a fresh adapter with what it found, trained from the start in as many steps again."""
+
+    name: Literal["retrain"] = "retrain"
+
+
+Regime = Joint | DistilThenAdapt | Grow | Sequential | Alternate | Unrolled | Retrain
+"""The section of any regime."""
+
 REGIMES: dict[str, Any] = {
     "joint": Joint,
     "distil_then_adapt": DistilThenAdapt,
     "grow": Grow,
+    "sequential": Sequential,
+    "alternate": Alternate,
+    "unrolled": Unrolled,
+    "retrain": Retrain,
 }
 """Every regime that a recipe can name."""
 
 
-def read_regime(raw: Any, default: str) -> Joint | DistilThenAdapt | Grow:
+def read_regime(raw: Any, default: str) -> Regime:
     """The section of a recipe: the name of a regime, or a mapping of its settings.
 
     Args:
@@ -124,7 +223,7 @@ def read_regime(raw: Any, default: str) -> Joint | DistilThenAdapt | Grow:
     settings = {"name": default, **raw}
     if settings["name"] not in REGIMES:
         raise PemlError(f"regime.name must be one of {', '.join(REGIMES)}, not {settings['name']!r}")
-    kind: type[Joint] | type[DistilThenAdapt] | type[Grow] = REGIMES[settings["name"]]
+    kind = REGIMES[settings["name"]]
     for stage in ("teachers", "student"):
         if isinstance(settings.get(stage), dict):
             for key in settings[stage]:
@@ -135,6 +234,7 @@ def read_regime(raw: Any, default: str) -> Joint | DistilThenAdapt | Grow:
             except PemlError as error:
                 raise PemlError(str(error).replace("train.", f"regime.{stage}.", 1)) from None
     try:
-        return kind.model_validate(settings)
+        section: Regime = kind.model_validate(settings)
+        return section
     except ValidationError as error:
         raise PemlError(f"regime: {first_problem(error, list(kind.model_fields))}") from None

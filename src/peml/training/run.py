@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ from transformers.trainer_callback import PrinterCallback
 from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.training.arguments import one_line
+from peml.training.bill import peak_memory
 from peml.training.data import Collator, TaskRows
 from peml.training.distillation import Distillation
 from peml.training.folder import RunFolder, write_text
 from peml.training.probing import probe_heads
 from peml.training.progress import Patience, RunLog, progress_bar
 from peml.training.recipe import Recipe, load_recipe
-from peml.training.record import record_of
-from peml.training.regime import Joint
+from peml.training.record import record_of, write_architecture
+from peml.training.regime import Bilevel, Joint
 from peml.training.streaming import training_rows
 from peml.training.trainer import MultiTaskTrainer
 from peml.training.workbench import Workbench, prepare
@@ -61,13 +62,15 @@ def train(
     name = Path(recipe).stem if isinstance(recipe, str | Path) else "run"
     recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
     folder = RunFolder(output or recipe.train.get("output_dir") or Path("runs") / name)
-    arguments = recipe.training_arguments(str(folder.checkpoints))
+    if stage is None and not isinstance(recipe.how, Joint | Bilevel):
+        raise PemlError(f"this trains jointly, and the recipe's regime is {recipe.how.name}: call peml.train")
+    stage = stage or Stage()
+    # The folder keeps the recipe of the whole; a stage may train on other terms.
+    ours = recipe.model_copy(update={"train": {**recipe.train, **stage.train}})
+    arguments = ours.training_arguments(str(folder.checkpoints))
     # Under `accelerate launch` all processes read and compute, and one writes.
     main, wait = arguments.process_index == 0, arguments.distributed_state.wait_for_everyone
     console = console if console is not None and main else Console(quiet=True)
-    if stage is None and not isinstance(recipe.how, Joint):
-        raise PemlError(f"this trains jointly, and the recipe's regime is {recipe.how.name}: call peml.train")
-    stage = stage or Stage()
     folder.check(resume=resume, overwrite=overwrite)
     if resume:
         check_same_recipe(recipe, folder)
@@ -90,7 +93,11 @@ def train(
     _same_data(metrics.get("data"), data, checkpoint, folder)
     with progress_bar(console) as progress:
         log = RunLog(folder, progress, label=stage.label)
-        trainer = _trainer(recipe, bench, model, rows, arguments, log, distillation)
+        trainer = _trainer(ours, bench, model, rows, arguments, log, distillation, stage.frozen)
+        stages = stage.record.get("stages", {})
+        trainer.schedule.clock, trainer.schedule.memory = log.elapsed, partial(peak_memory, reset=True)
+        if main:
+            trainer.schedule.derived = lambda: write_architecture(folder, bench, trainer, log.elapsed(), stages)
         # Everything that can be refused has been by now; from here on the folder is written.
         wait()
         if main:
@@ -112,20 +119,25 @@ def train(
                 metrics["before"] = bench.evaluate(model, progress)
         if main:
             folder.write_json(folder.metrics, metrics)
-        begun = time.perf_counter()
+        log.start()
         if checkpoint is None and bench.form == "heads":
-            probe_heads(model, bench, bench.tasks if stage.fresh is None else stage.fresh)
+            apart = () if trainer.architect is None else trainer.architect.held_out
+            probe_heads(model, bench, bench.tasks if stage.fresh is None else stage.fresh, apart)
         if checkpoint is not None and trainer.has_ended(checkpoint):
             trainer.finish_from(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        seconds = log.spent + time.perf_counter() - begun
+        seconds = log.elapsed()
         metrics["after"] = bench.evaluate(model, progress)
     wrong = [task for task, scores in metrics["after"].items() if not all(map(math.isfinite, scores.values()))]
     if wrong:
         raise PemlError(f"training diverged: the scores of task {wrong[0]!r} are no numbers; lower the learning rates")
-    metrics |= record_of(bench, trainer, log, metrics, seconds) | dict(stage.record)
+    metrics |= record_of(bench, trainer, log, metrics, seconds, stages) | dict(stage.record)
+    if metrics["collapsed"]:
+        tasks = ", ".join(metrics["collapsed"])
+        console.print(Text(f"collapsed: {tasks} no better than one answer for every row; try lower rates", "yellow"))
     if main:
+        write_architecture(folder, bench, trainer, seconds, stages)
         _save(model, folder)
         folder.write_json(folder.metrics, metrics)
     wait()
@@ -145,6 +157,8 @@ class Stage:
         attach: makes the adapter; None: a fresh one, as the recipe says.
         tasks: whose rows are trained on; None: all.
         fresh: those that have learnt nothing yet; None: all.
+        train: what it has in `train` other than the recipe.
+        frozen: parts that it does not train.
         record: for `metrics.json`.
     """
 
@@ -154,6 +168,8 @@ class Stage:
     attach: Callable[[Workbench], PeftModel] | None = None
     tasks: list[str] | None = None
     fresh: list[str] | None = None
+    train: Mapping[str, Any] = field(default_factory=dict)
+    frozen: Collection[str] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -179,6 +195,7 @@ def _trainer(
     arguments: TrainingArguments,
     log: RunLog,
     distillation: Distillation | None,
+    frozen: Collection[str],
 ) -> MultiTaskTrainer:
     """The trainer, with optimiser and schedule tried out: what they refuse is refused before anything is written.
 
@@ -198,7 +215,10 @@ def _trainer(
             head_learning_rate=recipe.train.get("head_learning_rate"),
             balance=recipe.balance,
             task_weights=recipe.task_weights(),
-            finetune_fraction=recipe.setting("finetune_fraction"),
+            finetune_fraction=recipe.finetune_fraction,
+            measure_gap=recipe.setting("measure_gap"),
+            bilevel=recipe.how if isinstance(recipe.how, Bilevel) else None,
+            frozen=frozen,
             distillation=distillation,
             evaluate_tasks=bench.evaluate,
             data_collator=Collator(bench.pad_token_id, bench.form),

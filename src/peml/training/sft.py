@@ -1,7 +1,8 @@
 """`MultiTaskSFTTrainer`: TRL's supervised trainer on a data set whose rows name their tasks; needs the extra `trl`.
 
 Without it TRL drops the column twice: as unknown to the model, and in a collator that builds its batches anew. An
-adapter that all tasks share needs none of this and trains in `SFTTrainer` itself.
+adapter that all tasks share needs none of this and trains in `SFTTrainer` itself; where its prompt is searched, add
+`SearchCallback` to that.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.prompts import Attempt
-from peml.training.trainer import FINETUNE_FRACTION, SearchSchedule, parameter_groups
+from peml.training.groups import parameter_groups
+from peml.training.search import FINETUNE_FRACTION, SearchLog, SearchSchedule
 from peml.tuner import PemlModel
 
 try:
@@ -27,7 +29,7 @@ except ImportError as error:
     raise PemlError("MultiTaskSFTTrainer needs TRL: pip install 'peml[trl]'") from error
 
 
-class MultiTaskSFTTrainer(SFTTrainer):
+class MultiTaskSFTTrainer(SearchLog, SFTTrainer):
     """Train one PEML adapter on the rows of a data set, each routed by its column `task`.
 
     The loss is TRL's, a mean over tokens, in which long answers and large tasks weigh more than in `MultiTaskTrainer`;
@@ -94,7 +96,8 @@ class MultiTaskSFTTrainer(SFTTrainer):
         super().__init__(model, args, **kwargs)
         self.tuner = cast("PemlModel", self.model.base_model)
         self.data_collator = TaskCollator(self.data_collator, self._tasks)
-        self.add_callback(SearchSchedule(self.tuner, finetune_fraction))
+        self.schedule = SearchSchedule(self.tuner, finetune_fraction, log=self.log)
+        self.add_callback(self.schedule)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -3,35 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peml.balance import Balance, CoBa
 from peml.config import PemlConfig
-from peml.mixing import MixtureSampler
+from peml.mixing import InTurn, MixtureSampler
 from peml.training.balancing import Balancer
+from peml.training.bilevel import ArchitectureSteps
 from peml.training.gradients import TaskGradients, rows_of
 from peml.training.loss import LossMeter
+from peml.training.search import SearchLog
 from peml.tuner import PemlModel
 
 
-class BalancedSteps(Trainer):
+class Stateful(Protocol):
+    """What has a file of its own in a checkpoint."""
+
+    def save(self, folder: str) -> None:
+        """Write it."""
+
+    def load(self, folder: str) -> None:
+        """Read it."""
+
+
+class BalancedSteps(SearchLog):
     """Trainer whose steps may keep the gradients of tasks apart until the last of them is known."""
 
     tuner: PemlModel
     task_names: list[str]
     balance: Balance
     balancer: Balancer
-    sampler: MixtureSampler | None = None
+    sampler: MixtureSampler | InTurn | None = None
     held_out: tuple[int, ...] = ()
+    architect: ArchitectureSteps | None = None
+    states: list[Stateful]
+    coming: list[dict[str, Any]]
     _meter: LossMeter
     _penalties: dict[str, Tensor]
     _gradients: TaskGradients | None = None
     _batches: tuple[dict[str, Any], ...] = ()
     _counts: Tensor | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.states, self.coming = [], []
+        super().__init__(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own; the batches of the coming step are kept for what looks ahead."""
+        self.coming, counts = super().get_batch_samples(*args, **kwargs)
+        return self.coming, counts
 
     def sums_by_task(self, logits: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Losses and counts of a batch, `[T]`."""
@@ -150,17 +174,19 @@ class BalancedSteps(Trainer):
         counts: Tensor = whole.cpu().clamp_min(1)
         return self._losses(tuple(batches), training=False) / counts
 
-    # The state of a rule goes with that of the optimiser.
+    # The states of a rule and of an architecture go with that of the optimiser.
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            self.balancer.save(output_dir)
+            for state in self.states:
+                state.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.balancer.load(checkpoint)
+            for state in self.states:
+                state.load(checkpoint)
 
 
 class StepUpdates(TrainerCallback):

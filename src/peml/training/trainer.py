@@ -8,31 +8,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from peml.balance import Balance, CoBa, Equal, per_sample
 from peml.errors import PemlError
 from peml.mixing import Mixing, MixtureSampler, held_out
 from peml.training.balancing import Balancer
+from peml.training.bilevel import ArchitectureSteps
 from peml.training.data import Collator, TaskRows, call_of
 from peml.training.distillation import Distillation
+from peml.training.groups import parameter_groups
 from peml.training.loss import LossMeter, balanced, by_task, row_counts, row_losses
+from peml.training.regime import Bilevel
+from peml.training.search import FINETUNE_FRACTION, SearchSchedule, searching
 from peml.training.steps import BalancedSteps, StepUpdates
 from peml.training.streaming import StreamedRows
 from peml.tuner import PemlModel
-
-HEAD_STEP = 0.05
-"""How far one step of Adam moves a logit at most, whose features are of size 1. Our choice: see LOG.md."""
-
-FINETUNE_FRACTION = 0.1
-"""Share of the training that follows the search, on the derived architecture: our choice."""
 
 
 class MultiTaskTrainer(BalancedSteps):
@@ -49,6 +47,9 @@ class MultiTaskTrainer(BalancedSteps):
         balance: how tasks share the loss and the gradient; None: equally.
         task_weights: weight of each task in the loss, beside those of the balance; None: all 1.
         finetune_fraction: share of the steps after the architecture is derived.
+        measure_gap: whether `evaluate_tasks` is called just before and just after that.
+        bilevel: how the architecture is trained on rows of its own; None: with everything else.
+        frozen: parts that are not trained: adapter, prompt, architecture, heads.
         distillation: what is learnt from a teacher; None: nothing.
         evaluate_tasks: called with the model, returns `{task: {metric: value}}`; `score` of each task
             enters `eval_average`.
@@ -72,6 +73,9 @@ class MultiTaskTrainer(BalancedSteps):
         balance: Balance | None = None,
         task_weights: Mapping[str, float] | None = None,
         finetune_fraction: float = FINETUNE_FRACTION,
+        measure_gap: bool = True,
+        bilevel: Bilevel | None = None,
+        frozen: Collection[str] = (),
         distillation: Distillation | None = None,
         evaluate_tasks: Callable[[nn.Module], dict[str, dict[str, float]]] | None = None,
         **kwargs: Any,
@@ -115,11 +119,24 @@ class MultiTaskTrainer(BalancedSteps):
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         # The loss is divided by the tokens of the whole step, so accumulation must not divide it again.
         self.loss_is_scaled_for_ga = True
-        self.add_callback(SearchSchedule(self.tuner, finetune_fraction))
+        self.frozen = {*frozen} | ({"architecture"} if bilevel is not None else set())
+        measured = measure_gap and evaluate_tasks is not None
+        self.schedule = SearchSchedule(
+            self.tuner, finetune_fraction, log=self.log, measure=self._measure if measured else None
+        )
+        self.add_callback(self.schedule)
         self.balancer = Balancer(
             self.balance, self.task_names, task_weights, args.seed, self._obstacle(config, distillation)
         )
         self.add_callback(StepUpdates(self))
+        self.states.append(self.balancer)
+        if bilevel is not None:
+            rate = bilevel.learning_rate if architecture_learning_rate is None else architecture_learning_rate
+            self._rates["architecture"] = rate
+            self.architect = ArchitectureSteps(self, bilevel, rate, finetune_fraction)
+            # Behind the schedule, which says whether the search goes on.
+            self.add_callback(self.architect)
+            self.states.append(self.architect)
         if isinstance(self.balance, CoBa) and not isinstance(train_dataset, StreamedRows):
             self.held_out = held_out(train_dataset.row_tasks, self.task_names, self.balance.rows, args.seed)
 
@@ -128,7 +145,10 @@ class MultiTaskTrainer(BalancedSteps):
         if isinstance(rows, StreamedRows):
             self.sampler = self._stream_sampler(rows)
             return self.sampler
-        self.sampler = MixtureSampler(
+        if self.architect is not None:
+            self.sampler = self.architect.weight_rows()
+            return self.sampler
+        self.sampler = sampler = MixtureSampler(
             rows.row_tasks,
             self.mixing,
             self.args.seed,
@@ -138,9 +158,9 @@ class MultiTaskTrainer(BalancedSteps):
         )
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         steps = self.args.max_steps
-        samples = steps * batch if steps > 0 else math.ceil(self.args.num_train_epochs * len(self.sampler))
-        self.sampler.check(samples)
-        return self.sampler
+        samples = steps * batch if steps > 0 else math.ceil(self.args.num_train_epochs * len(sampler))
+        sampler.check(samples)
+        return sampler
 
     def _stream_sampler(self, rows: StreamedRows) -> MixtureSampler:
         args = self.args
@@ -198,6 +218,20 @@ class MultiTaskTrainer(BalancedSteps):
         loss = loss + sum(terms.values(), 0.0) / getattr(self, "current_gradient_accumulation_steps", 1)
         return (loss, outputs) if return_outputs else loss
 
+    def objective(self, inputs: dict[str, Any], whole: Tensor, parts: int) -> Tensor:
+        """This device's share of the loss and the penalties of a step, without a trace in log or balance.
+
+        Args:
+            inputs: a micro-batch, on the device.
+            whole: what the loss is divided by, `[T]`, over all micro-batches and devices.
+            parts: micro-batches of the step on each device.
+        """
+        sums, _ = self.sums_by_task(self.model(**self.call(inputs)).logits, inputs)
+        loss = balanced(self.balance.mean, sums, whole.to(sums.device), self.balancer.weights())
+        penalties = sum(self.tuner.penalties().values(), torch.zeros_like(loss))
+        whole_loss: Tensor = loss + penalties / (parts * self.accelerator.num_processes)
+        return whole_loss
+
     def call(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What the model is called with."""
         return call_of(self.form, self.tuner.model, inputs)
@@ -211,6 +245,7 @@ class MultiTaskTrainer(BalancedSteps):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group per part: adapter, adapter per task (no decay), prompt, architecture (no decay)."""
+        self._freeze()
         if self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind(self._parameter_groups(), **settings)
@@ -219,12 +254,28 @@ class MultiTaskTrainer(BalancedSteps):
     def _parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.tuner, self.args, self._rates)
 
+    def _freeze(self) -> None:
+        """Again and again: PEFT makes an adapter trainable as a whole when it loads or enables it."""
+        parts = self.tuner.parts()
+        for part in self.frozen:
+            for parameter in parts[part]:
+                parameter.requires_grad_(False)
+
+    def learning_rates(self) -> dict[str, float]:
+        """Initial learning rate of every parameter group, for the record."""
+        return {group["name"]: group["lr"] for group in self._parameter_groups()}
+
+    def _measure(self) -> dict[str, dict[str, float]]:
+        assert self._evaluate_tasks is not None
+        return self._evaluate_tasks(self.model)
+
     def finish_from(self, checkpoint: Path) -> None:
         """Take over the checkpoint of the last step: nothing is left to train, only to derive."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
+        self._freeze()
         self.callback_handler.on_train_begin(self.args, self.state, self.control)
         self.callback_handler.on_train_end(self.args, self.state, self.control)
 
@@ -236,10 +287,7 @@ class MultiTaskTrainer(BalancedSteps):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Transformers' own, but while a search is open: what is kept would not be what was measured."""
-        return not self._searches() and super()._determine_best_metric(metrics, trial)
-
-    def _searches(self) -> bool:
-        return bool(getattr(self.tuner.prompt, "searching", False))
+        return not searching(self.tuner.prompt) and super()._determine_best_metric(metrics, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss of each task and the penalties to what is logged."""
@@ -268,78 +316,3 @@ class MultiTaskTrainer(BalancedSteps):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-class SearchSchedule(TrainerCallback):
-    """Tells a searching prompt how far training is, and derives its architecture when the search is over.
-
-    Everything follows from the step number, so that a resumed run does what an uninterrupted one does.
-    """
-
-    def __init__(self, tuner: Any, finetune_fraction: float) -> None:
-        self.tuner = tuner
-        self.finetune_fraction = finetune_fraction
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Progress of the search; at its end, derive."""
-        prompt = self.tuner.prompt
-        if prompt is None:
-            return
-        search_steps = max(1, round(state.max_steps * (1 - self.finetune_fraction)))
-        prompt.set_progress(min(1.0, state.global_step / search_steps))
-        if state.global_step >= search_steps:
-            self._derive(prompt)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """A search that training left open is closed."""
-        if self.tuner.prompt is not None:
-            self._derive(self.tuner.prompt)
-
-    def _derive(self, prompt: Any) -> None:
-        if getattr(prompt, "searching", False):
-            prompt.derive()
-
-
-def parameter_groups(
-    tuner: PemlModel, args: TrainingArguments, rates: Mapping[str, float | None]
-) -> list[dict[str, Any]]:
-    """Groups for the optimiser: of every part what tasks share, and what belongs to single tasks.
-
-    Args:
-        tuner: whose active adapter is trained.
-        args: with the adapter's rate, and the weight decay.
-        rates: of `prompt`, `prompt per task`, `architecture` and `heads`; None or missing: the prompt's own default.
-    """
-    parts, stacked = tuner.parts(), tuner.per_task_parameters()
-    # What `modules_to_save` made trainable goes with the adapter.
-    parts["adapter"] = parts["adapter"] + parts["other"]
-    for part in ("adapter", "prompt"):
-        parts[f"{part} per task"] = [p for p in parts[part] if id(p) in stacked]
-        parts[part] = [p for p in parts[part] if id(p) not in stacked]
-    own = {"adapter": args.learning_rate, "adapter per task": args.learning_rate}
-    if tuner.heads is not None:
-        own["heads"] = HEAD_STEP / tuner.heads.num_features
-    config = tuner.config_in_force
-    if config is not None and config.prompt is not None:
-        shared = rates.get("prompt")
-        shared = config.prompt.prompt_learning_rate if shared is None else shared
-        own |= {"prompt": shared, "prompt per task": shared * config.prompt.task_rate_factor}
-        own["architecture"] = config.prompt.architecture_learning_rate
-    own |= {name: rate for name, rate in rates.items() if rate is not None}
-    # What belongs to single tasks, or chooses a structure, is not drawn to zero.
-    decays = {"adapter": args.weight_decay, "prompt": args.weight_decay}
-    return [
-        {"name": name, "params": trainable, "lr": own[name], "weight_decay": decays.get(name, 0.0)}
-        for name in ("adapter", "adapter per task", "prompt", "prompt per task", "architecture", "heads")
-        if (trainable := [p for p in parts[name] if p.requires_grad])
-    ]
-
-
-def learning_rates(trainer: MultiTaskTrainer) -> dict[str, float]:
-    """Initial learning rate of every parameter group, for the record."""
-    groups: Sequence[Mapping[str, Any]] = trainer._parameter_groups()
-    return {group["name"]: group["lr"] for group in groups}
