@@ -126,9 +126,12 @@ def tune(
 @app.command(name="inspect")
 def inspect_run(folder: Annotated[Path, typer.Argument(help="Run or adapter folder.")]) -> None:
     """Show tasks, adapter, prompt, derived architecture, parameters and where a run can be exported to."""
-    from peml.inspection import inspect_folder, show
+    from peml.inspection import draw_pictures, inspect_folder, show
 
-    show(inspect_folder(folder), console)
+    found = inspect_folder(folder)
+    show(found, console)
+    for picture in draw_pictures(found, folder):
+        console.print(f"picture  {escape(str(picture))}", soft_wrap=True)
 
 
 @app.command(name="methods")

@@ -68,8 +68,8 @@ def ablation_record(results: Mapping[str, Results], tasks: Mapping[str, Task]) -
 
         contribution(part, task) = score(whole, task) - score(without part, task)
 
-    Our choice; the ablation is what reviewers of PEML asked for. The contributions of prompt and adapter need not add up
-    to that of both: each was trained beside the other.
+    Our choice; reviewers of PEML (arXiv:2605.14055) asked for it. The contributions of prompt and adapter need not add
+    up to that of both: each was trained beside the other.
 
     Args:
         results: of `ablate`.

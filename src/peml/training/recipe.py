@@ -85,8 +85,8 @@ class Recipe(Section):
             `prompt_learning_rate`, `task_prompt_learning_rate`, `architecture_learning_rate`, `head_learning_rate`,
             `probe_rows`, `finetune_fraction`, `early_stopping_patience`, `early_stopping_threshold`.
         evaluate_before: measure the base model too, before training.
-        held_out: share (below 1) or number of each task's training rows that are measured on, in place of the evaluation
-            rows; None: the evaluation rows.
+        held_out: share (below 1) or number of each task's training rows that are measured on, in place of the
+            evaluation rows; None: the evaluation rows.
         tune: what `peml tune` tries; training ignores it.
         tuned: where its values were found, and at what cost.
     """
