@@ -6,6 +6,7 @@ readers tell apart too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from xml.sax.saxutils import escape, quoteattr
 
@@ -108,12 +109,7 @@ def ticks(most: float, count: int = 4) -> list[float]:
     """Round numbers from 0 up to `most`, about `count` of them above 0."""
     if most <= 0:
         return [0.0]
-    power = 10.0**-20
-    step = 0.0
-    while not step:
-        for factor in (1, 2, 5):
-            if most / (factor * power) <= count:
-                step = factor * power
-                break
-        power *= 10
-    return [step * number for number in range(int(most / step + 1e-9) + 1)]
+    least = most / count
+    exponent = math.floor(math.log10(least))
+    step = next(s for s in (factor * 10.0**exponent for factor in (1, 2, 5, 10)) if s >= least)
+    return [round(step * number, 12) for number in range(int(most / step + 1e-9) + 1)]
