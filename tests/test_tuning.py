@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-import peml.tuning.tune as module
+import peml.tuning.trials as module
 from peml import PemlError
 from peml.methods import METHODS
 from peml.tasks import FileSource, Task
@@ -117,7 +117,7 @@ def test_mistakes_are_said_before_the_first_trial(tmp_path: Path, section: dict[
 
 def test_a_mistake_of_the_recipe_itself_stops_at_once(tmp_path: Path) -> None:
     path = tuned(tmp_path)
-    write_rows(tmp_path / "train.jsonl", [{"text": "big red cat", "big": True}])
+    write_rows(tmp_path / "train.jsonl", [{"text": "big red cat", "big": True}] * 20)
     with pytest.raises(PemlError, match="color"):
         tune(path, tmp_path / "out")
     with pytest.raises(PemlError, match="cannot be attached"):

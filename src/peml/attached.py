@@ -20,7 +20,7 @@ from peml.routing import Route
 HOST, HEADS, HOOKS = "prompt_host", "head_host", "_peml_hooks"
 """Where the base model keeps its prompts, its heads, and the hooks that open a forward."""
 
-ABLATED: Mapping[str, tuple[type, ...]] = {
+ABLATED: Mapping[str, tuple[Any, ...]] = {
     "prompt": (PromptHost,),
     "adapter": (BankLinear,),
     "both": (BankLinear, PromptHost),

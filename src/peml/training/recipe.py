@@ -306,7 +306,6 @@ def validated(data: dict[str, Any], path: str | Path) -> Recipe:
 
 def _problem(error: ValidationError) -> str:
     location = error.errors(include_url=False)[0]["loc"]
-    section: type[Section] = Recipe
-    if len(location) > 1:
-        section = {"mixing": MixingSection, "tune": Tune, "tuned": Tuned}.get(str(location[0]), Recipe)
+    sections: Mapping[str, type[Section]] = {"mixing": MixingSection, "tune": Tune, "tuned": Tuned}
+    section = sections.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
     return first_problem(error, list(section.model_fields), FOREIGN_KEYS)

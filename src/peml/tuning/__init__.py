@@ -2,6 +2,6 @@
 
 from peml.tuning.folder import TuneFolder
 from peml.tuning.space import default_ranges
-from peml.tuning.tune import tune
+from peml.tuning.trials import tune
 
 __all__ = ["TuneFolder", "default_ranges", "tune"]

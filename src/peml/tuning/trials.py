@@ -16,11 +16,11 @@ from rich.console import Console
 from peml import regimes
 from peml.errors import PemlError
 from peml.evaluation import average
-from peml.methods import trainable_parameters
 from peml.tasks import Task
 from peml.training.data import TaskRows
 from peml.training.ranges import Tune
 from peml.training.recipe import Recipe, load_recipe
+from peml.training.run import attach
 from peml.training.streaming import training_rows
 from peml.training.workbench import Workbench, load_base, prepare
 from peml.tuning.folder import STUDY, TuneFolder, devices, optuna
@@ -94,7 +94,7 @@ def _tried_out(recipe: Recipe) -> tuple[Workbench, dict[str, Any]]:
     bench = prepare(own)
     rows = training_rows(bench)
     bench.check()
-    trainable_parameters(bench.config(), bench.model)
+    attach(bench.model, bench.config())
     held = TaskRows.encode(bench.tokenizer, bench.eval, bench.max_length, bench.form)
     return bench, {"train": rows.digest(), "held_out": held.digest()}
 
