@@ -107,7 +107,7 @@ def test_rows_are_shown_as_a_model_reads_them(peml, tmp_path: Path) -> None:  # 
         (["tasks", "show", "toy/mood", "--model", "/nowhere"], "--model /nowhere could not be loaded"),
         (["evaluate", "nowhere"], "nowhere is not a folder"),
         (["inspect", "nowhere"], "nowhere holds no adapter"),
-        (["evaluate", "nowhere", "--ablate", "prefix"], "--ablate takes prompt and adapter, not 'prefix'"),
+        (["evaluate", "nowhere", "--ablate", "prefix"], "--ablate takes prompt, adapter, both and all, not 'prefix'"),
     ],
 )
 def test_mistakes_are_one_sentence_and_code_2(peml, arguments: list[str], message: str) -> None:  # type: ignore[no-untyped-def]

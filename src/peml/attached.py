@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,13 @@ from peml.routing import Route
 
 HOST, HEADS, HOOKS = "prompt_host", "head_host", "_peml_hooks"
 """Where the base model keeps its prompts, its heads, and the hooks that open a forward."""
+
+ABLATED: Mapping[str, tuple[Any, ...]] = {
+    "prompt": (PromptHost,),
+    "adapter": (BankLinear,),
+    "both": (BankLinear, PromptHost),
+}
+"""What `ablated` can switch off, and the layers that it is. Heads are none of it: without them is no answer."""
 
 
 class Attached(BaseTuner):
@@ -79,16 +86,31 @@ class Attached(BaseTuner):
 
     @contextmanager
     def ablated(self, part: str) -> Iterator[None]:
-        """Switch off the `adapter` or the `prompt` inside the block, to see what it contributes."""
-        kind: type[BankLinear] | type[PromptHost] = {"adapter": BankLinear, "prompt": PromptHost}[part]
-        layers = [m for m in self.model.modules() if isinstance(m, kind) and not m._disable_adapters]
+        """Switch off the `adapter`, the `prompt` or `both` inside the block, to see what they contribute.
+
+        An adapter that is merged into the weights is taken out, and merged again afterwards.
+
+        Raises:
+            PemlError: an unknown part.
+        """
+        if part not in ABLATED:
+            raise PemlError(f"there is no part {part!r} to switch off: choose {', '.join(ABLATED)}")
+        layers: list[Any] = [
+            m for m in self.model.modules() if isinstance(m, ABLATED[part]) and not m._disable_adapters
+        ]
+        merged = [(layer, list(layer.merged_adapters)) for layer in layers if layer.merged_adapters]
         try:
+            for layer, _ in merged:
+                layer.unmerge()
             for layer in layers:
                 layer._disable_adapters = True
             yield
         finally:
             for layer in layers:
                 layer._disable_adapters = False
+            for layer, names in merged:
+                if not layer.merged_adapters:
+                    layer.merge(adapter_names=names)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters of the active adapter by part: adapter, prompt, architecture, heads, other (`modules_to_save`)."""

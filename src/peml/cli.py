@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from peml.cli_report import contributions_table
 from peml.cli_tasks import tasks_app
 from peml.errors import PemlError
 
@@ -84,41 +85,65 @@ def train(
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="Folder that `peml train` wrote.")],
     ablate: Annotated[
-        str, typer.Option(help="Also measure without these parts: prompt, adapter, or both with a comma.")
+        str, typer.Option(help="Also measure without parts: prompt, adapter, both, several with commas, or all.")
     ] = "",
 ) -> None:
     """Measure a run on every task."""
-    from peml.evaluation import average, suite_averages
+    from peml.evaluation import ablate as without
+    from peml.evaluation import ablation_record, parts_there, read_parts
     from peml.training.folder import RunFolder
     from peml.training.progress import progress_bar
     from peml.training.run import open_run
 
-    parts = [part.strip() for part in ablate.split(",") if part.strip()]
-    wrong = [part for part in parts if part not in ("prompt", "adapter")]
-    if wrong:
-        raise PemlError(f"--ablate takes prompt and adapter, not {wrong[0]!r}")
+    named = read_parts(ablate)
     bench, model = open_run(folder)
     tuner: Any = model.base_model
-    results: dict[str, Any] = {}
+    parts = parts_there(named, tuner.config_in_force)
     with progress_bar(console) as progress:
-        results["whole"] = bench.evaluate(model, progress)
-        for part in parts:
-            with tuner.ablated(part):
-                results[f"without {part}"] = bench.evaluate(model, progress)
-    averages = {name: average(scores, bench.tasks) for name, scores in results.items()}
-    suites = {name: suite_averages(scores, bench.tasks) for name, scores in results.items()}
-    whole = {**results, "average": averages, "suites": suites}
+        results = without(tuner, lambda: bench.evaluate(model, progress), parts)
+    record = ablation_record(results, bench.tasks)
     run = RunFolder.existing(folder)
-    run.write_json(run.evaluation, whole)
-    console.print(_scores(whole, list(results)))
+    run.write_json(run.evaluation, record)
+    console.print(_scores(record, list(results)))
+    if parts:
+        console.print(contributions_table(record["contributions"]))
+
+
+@app.command()
+def tune(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file; its section `tune` says what is tried.")],
+    trials: Annotated[int | None, typer.Option(help="Trials in all; default as the recipe says, or 20.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the tuning; default runs/NAME-tune.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the trials that lie there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a tuning that lies there.")] = False,
+    keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="Keep every trial's weights.")] = False,
+) -> None:
+    """Look for better settings of a recipe, by trials that are measured on rows held out of its training rows."""
+    from peml.tuning import tune as run_tuning
+    from peml.tuning.show import show_tuning
+
+    folder = run_tuning(
+        recipe,
+        output,
+        trials=trials,
+        resume=resume,
+        overwrite=overwrite,
+        keep_adapters=keep_adapters,
+        console=console,
+    )
+    show_tuning(folder.read_summary(), console)
+    console.print(f"train with what was found: peml train {escape(str(folder.best))}", soft_wrap=True)
 
 
 @app.command(name="inspect")
 def inspect_run(folder: Annotated[Path, typer.Argument(help="Run or adapter folder.")]) -> None:
     """Show tasks, adapter, prompt, derived architecture, parameters and where a run can be exported to."""
-    from peml.inspection import inspect_folder, show
+    from peml.inspection import draw_pictures, inspect_folder, show
 
-    show(inspect_folder(folder), console)
+    found = inspect_folder(folder)
+    show(found, console)
+    for picture in draw_pictures(found, folder):
+        console.print(f"picture  {escape(str(picture))}", soft_wrap=True)
 
 
 @app.command(name="methods")
@@ -199,5 +224,5 @@ def main() -> None:
         _complain(errors, f"{error.filename or 'the output folder'}: {error.strerror or error}")
     except SystemExit as ended:
         if ended.code == INTERRUPTED:
-            errors.print("interrupted; a training that has checkpoints goes on with `peml train RECIPE --resume`")
+            errors.print("interrupted; what has been stored goes on with --resume")
         raise

@@ -1,6 +1,9 @@
-"""What `peml tasks check` prints."""
+"""What `peml tasks check` and `peml evaluate --ablate` print."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +41,28 @@ def show_report(report: Report, show: int, console: Console) -> None:
     count = sum(len(task.problems) for task in report.tasks)
     found = "no problem" if not count else "1 problem" if count == 1 else f"{count:,} problems"
     console.print(f"{good:,} good rows, {found}", style="bold" if not count else "bold red", highlight=False)
+
+
+def contributions_table(contributions: Mapping[str, Any]) -> Table:
+    """What each part gives to each task's score, in its unit; what a part takes away is red.
+
+    Args:
+        contributions: by part, as `peml.evaluation.ablation_record` has them.
+    """
+    table = Table("task", title="whole, less the score without", title_justify="left")
+    for part in contributions:
+        table.add_column(part, justify="right")
+    for task in next(iter(contributions.values()))["tasks"]:
+        table.add_row(Text(task), *[_signed(own["tasks"][task]) for own in contributions.values()])
+    table.add_section()
+    table.add_row("average", *[_signed(own["average"]) for own in contributions.values()], style="bold")
+    return table
+
+
+def _signed(value: float) -> Text:
+    # Rounded first: what is shown as zero has no sign.
+    value = round(value, 3)
+    return Text(f"{value:+.3f}" if value else "0.000", "red" if value < 0 else "")
 
 
 def _answers(task: TaskCheck, split: str) -> Text:

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from peml.config import PemlConfig, part_to_dict
 from peml.errors import PemlError
 from peml.export import Target, export_targets
+from peml.picture import draw, draw_traces, read_traces
 from peml.prompts import STRUCTURE, Architecture, PrefixNAS, PrefixTuning, architecture_in
-from peml.training.folder import RunFolder, check_adapter
+from peml.training.folder import WEIGHTS, RunFolder, check_adapter, write_text
 
 _PROMPT = "base_model.model.prompt_host.peml_prompt."
 _BUFFERS = {"choice", "head_choice", "kept", "progress"}
@@ -157,6 +158,32 @@ def show(found: Inspection, console: Console) -> None:
     exports.rstrip()
     table.add_row("export to", exports)
     console.print(table)
+
+
+def draw_pictures(found: Inspection, path: str | Path) -> list[Path]:
+    """Draw what a run's search has found, `architecture.svg`, and how it went, `search.svg`, unless they are there.
+
+    A picture that is older than the adapter is drawn again. Without a model there are no bytes in it, see
+    `peml.picture.draw`. In an adapter's folder nothing is drawn.
+
+    Args:
+        found: from `inspect_folder`.
+        path: the run's folder.
+
+    Returns:
+        The files that there are.
+    """
+    run = RunFolder(path)
+    if found.architecture is None or not run.is_run:
+        return []
+    architecture, search = run.path / "architecture.svg", run.path / "search.svg"
+    trained = (found.path / WEIGHTS).stat().st_mtime
+    if not architecture.exists() or architecture.stat().st_mtime < trained:
+        write_text(architecture, draw(found.architecture, tasks=found.config.task_names))
+    curves = read_traces(run.log)
+    if curves and (not search.exists() or search.stat().st_mtime < trained):
+        write_text(search, draw_traces(curves))
+    return [architecture, search] if curves else [architecture]
 
 
 def architecture_view(architecture: Architecture) -> Group:

@@ -99,7 +99,9 @@ def mixed(operations: Iterable[nn.Module], hidden: Tensor, weights: Weights, c: 
         o = weights.chosen[c]
         one: Tensor = weights.values[c, o] * run(candidates[o])
         return one
-    return torch.tensordot(weights.values[c], torch.stack([run(operation) for operation in candidates]), dims=1)
+    outputs = torch.stack([run(operation) for operation in candidates])
+    whole: Tensor = torch.tensordot(weights.values[c], outputs, dims=1)
+    return whole
 
 
 def log_gate(kind: GateRelaxation, logits: Tensor, tau: Tensor, draw: bool) -> Tensor:

@@ -31,6 +31,8 @@ class Source(ABC):
             the source has no evaluation rows of its own (then 0.1 unless given).
         seed: seed of these draws.
         streaming: whether training rows are read as they are needed, because they are too many to be held.
+        held_out: share (below 1) or number of the training rows that are measured on in place of the evaluation rows,
+            which are then not read at all; drawn with `seed` from those that `limit_train` leaves.
     """
 
     limit_train: int | None = None
@@ -38,6 +40,7 @@ class Source(ABC):
     eval_fraction: float | None = None
     seed: int = 0
     streaming: bool = False
+    held_out: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
@@ -50,6 +53,10 @@ class Source(ABC):
             raise PemlError(f"{self}: has evaluation rows of its own, so `eval_fraction` must be left out")
         if self.seed < 0:
             raise PemlError(f"{self}: `seed` must not be negative, but is {self.seed}")
+        if self.held_out is not None and (self.held_out <= 0 or (self.held_out > 1 and self.held_out % 1)):
+            raise PemlError(f"{self}: `held_out` must be a share below 1 or a number of rows, not {self.held_out}")
+        if self.held_out is not None and self.streaming:
+            raise PemlError(f"{self}: rows that are streamed cannot be held out: leave out `streaming` or `held_out`")
 
     @abstractmethod
     def __str__(self) -> str:
@@ -59,6 +66,11 @@ class Source(ABC):
     @abstractmethod
     def has_eval(self) -> bool:
         """Whether evaluation rows exist apart from the training rows."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether the rows to evaluate on come from a place of their own, not from the training rows."""
+        return self.has_eval and self.held_out is None
 
     @abstractmethod
     def load(self, split: Split) -> Rows:
@@ -73,7 +85,7 @@ class Source(ABC):
 
     def rows(self, split: Split) -> Iterator[tuple[Row, str]]:
         """The rows of a split with their origins, after hold-out and limit, in the order of the origin."""
-        rows = self.load(split if self.has_eval else "train")
+        rows = self.load(split if self.apart else "train")
         chosen = self.chosen(len(rows), split)
         if len(chosen) == len(rows):
             yield from rows
@@ -112,19 +124,32 @@ class Source(ABC):
 
     def chosen(self, count: int, split: Split) -> np.ndarray:
         """Which of `count` rows of the origin make the split, after hold-out and limit."""
-        chosen = np.arange(count) if self.has_eval else self._held_out(count, split)
-        limit = self.limit_train if split == "train" else self.limit_eval
-        if limit is not None and limit < len(chosen):
-            order = np.random.default_rng([self.seed, 1]).permutation(len(chosen))
-            chosen = np.sort(chosen[order[:limit]])
-        return chosen
+        # A row that is held out of the training rows is one of those that training would see.
+        origin: Split = "train" if self.held_out is not None else split
+        chosen = np.arange(count) if self.has_eval else self._held_out(count, origin)
+        chosen = self._limited(chosen, self.limit_train if origin == "train" else self.limit_eval)
+        if self.held_out is None:
+            return chosen
+        size = self.held_out if self.held_out >= 1 else max(1, round(len(chosen) * self.held_out))
+        if size >= len(chosen):
+            raise PemlError(f"{self}: `held_out` {self.held_out:g} leaves none of {len(chosen)} rows to train on")
+        order = np.random.default_rng([self.seed, 4]).permutation(len(chosen))
+        if split == "train":
+            return np.sort(chosen[order[int(size) :]])
+        return self._limited(np.sort(chosen[order[: int(size)]]), self.limit_eval)
+
+    def _limited(self, chosen: np.ndarray, limit: int | None) -> np.ndarray:
+        if limit is None or limit >= len(chosen):
+            return chosen
+        order = np.random.default_rng([self.seed, 1]).permutation(len(chosen))
+        return np.sort(chosen[order[:limit]])
 
     def shots(self, count: int) -> Rows:
         """Rows for examples in a prompt: training rows drawn with `seed`, whatever the limits.
 
         Whoever asks leaves them out of what is trained and measured.
         """
-        rows = list(replace(self, limit_train=None).rows("train"))
+        rows = list(replace(self, limit_train=None, held_out=None).rows("train"))
         if len(rows) <= count:
             raise PemlError(f"{self}: `few_shot` {count} leaves none of the {len(rows)} training rows to train on")
         order = np.random.default_rng([self.seed, 2]).permutation(len(rows))

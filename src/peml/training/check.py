@@ -173,7 +173,7 @@ def _examples(task: Task, found: TaskCheck, asked: Asked) -> dict[Split, list[Ex
 
     Training rows that are asked by another template than the first are noted in `asked`, as the first would ask them.
     """
-    own = task.source.has_eval
+    own = task.source.apart
     first = dataclasses.replace(task, prompt=task.prompts[0]) if len(task.prompts) > 1 else None
     readable = {use: list(_readable(task, use, found)) for use in (SPLITS if own else SPLITS[:1])}
     chosen: dict[Split, set[int]] = {}

@@ -23,6 +23,7 @@ from peml.training.arguments import AVERAGE, DEFAULTS, check_best, checked, one_
 from peml.training.balancing import read_balance, write_balance
 from peml.training.entries import OwnEntry, Section, SuiteEntry, build_tasks, first_problem, read_entry
 from peml.training.folder import RESOLVED
+from peml.training.ranges import Tune, Tuned
 from peml.training.regime import REGIMES, DistilThenAdapt, Grow, Joint, Regime, Searched, Sequential, read_regime
 
 FOREIGN_KEYS: Mapping[str, str] = {
@@ -87,6 +88,10 @@ class Recipe(Section):
             `probe_rows`, `finetune_fraction`, `after_search`, `measure_gap`, `early_stopping_patience`,
             `early_stopping_threshold`.
         evaluate_before: measure the base model too, before training.
+        held_out: share (below 1) or number of each task's training rows that are measured on, in place of the
+            evaluation rows; None: the evaluation rows.
+        tune: what `peml tune` tries; training ignores it.
+        tuned: where its values were found, and at what cost.
     """
 
     model: str
@@ -102,6 +107,9 @@ class Recipe(Section):
     regime: Regime | None = None
     train: dict[str, Any] = Field(default_factory=dict)
     evaluate_before: bool = True
+    held_out: float | None = Field(None, gt=0)
+    tune: Tune | None = None
+    tuned: Tuned | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -133,6 +141,8 @@ class Recipe(Section):
             raise PemlError(f"tasks: {twice[0]!r} is there twice; give each task a name of its own")
         self.build_mixing().check(names)
         check_best(self.train, self.build_tasks())
+        if self.tune is not None:
+            self.tune.check(self.method, self.build_tasks(), self.set)
         if self.architecture is not None and not isinstance(method(self.method, names, self.set).prompt, PrefixNAS):
             raise PemlError(f"architecture is that of a searched prefix, and method {self.method!r} has none: use peml")
         prompt = method(self.method, names, self.settings).prompt
@@ -177,6 +187,10 @@ class Recipe(Section):
     def every_task(self) -> list[Task]:
         """Those too that only an earlier stage of the regime trains on."""
         tasks = [task for entry in self.tasks for task in build_tasks(entry, self.seed)]
+        if self.held_out is not None:
+            tasks = [
+                dataclasses.replace(t, source=dataclasses.replace(t.source, held_out=self.held_out)) for t in tasks
+            ]
         return [dataclasses.replace(t, chat=True) if self.chat and t.chat is None else t for t in tasks]
 
     def stage(self, tasks: Sequence[str], **changes: Any) -> Recipe:
@@ -314,5 +328,6 @@ def validated(data: dict[str, Any], path: str | Path) -> Recipe:
 
 def _problem(error: ValidationError) -> str:
     location = error.errors(include_url=False)[0]["loc"]
-    section = MixingSection if location[:1] == ("mixing",) and len(location) > 1 else Recipe
+    sections: Mapping[str, type[Section]] = {"mixing": MixingSection, "tune": Tune, "tuned": Tuned}
+    section = sections.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
     return first_problem(error, list(section.model_fields), FOREIGN_KEYS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -48,6 +48,7 @@ class Workbench:
 
     Args:
         train, eval: examples by task; of a stream, the first training rows.
+        watch: told the results of every evaluation; it may raise, to stop a training.
     """
 
     recipe: Recipe
@@ -56,6 +57,7 @@ class Workbench:
     tasks: dict[str, Task]
     train: dict[str, list[Example]]
     eval: dict[str, list[Example]]
+    watch: Callable[[Mapping[str, Mapping[str, float]]], None] | None = None
 
     @property
     def max_length(self) -> int:
@@ -131,7 +133,7 @@ class Workbench:
 
     def evaluate(self, model: torch.nn.Module, progress: Progress | None = None) -> dict[str, dict[str, float]]:
         """Metrics of every task; works for the bare base model too."""
-        return evaluate_tasks(
+        results = evaluate_tasks(
             model,
             self.tokenizer,
             self.eval,
@@ -142,6 +144,9 @@ class Workbench:
             tasks_kwarg=isinstance(model, PeftModel),
             progress=progress,
         )
+        if self.watch is not None:
+            self.watch(results)
+        return results
 
 
 def model_path(name: str) -> str:
