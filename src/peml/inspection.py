@@ -176,7 +176,7 @@ def draw_pictures(found: Inspection, path: str | Path) -> list[Path]:
     run = RunFolder(path)
     if found.architecture is None or not run.is_run:
         return []
-    architecture, search = run.path / "architecture.svg", run.path / "search.svg"
+    architecture, search = run.picture, run.curves
     trained = (found.path / WEIGHTS).stat().st_mtime
     if not architecture.exists() or architecture.stat().st_mtime < trained:
         write_text(architecture, draw(found.architecture, tasks=found.config.task_names))

@@ -9,9 +9,7 @@ from typing import Any
 from peml.picture.svg import INNER, MARGIN, WIDTH, page, path, rect, text, ticks, wrapped
 from peml.prompts import Architecture
 from peml.prompts.base import ModelShape
-
-BYTES = 2
-"""Of a deployed number: bf16."""
+from peml.prompts.cost import BYTES
 
 
 def draw(

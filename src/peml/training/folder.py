@@ -23,8 +23,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 class RunFolder:
     """Names of a run's files.
 
-    `recipe.yaml` (resolved), `adapter/` (PEFT's), `metrics.json`, `log.jsonl`, `checkpoints/`, `architecture.json`
-    where one was searched, and `stages/`, the runs of a regime's earlier stages.
+    `recipe.yaml` (resolved), `adapter/` (PEFT's), `metrics.json`, `log.jsonl`, `checkpoints/`; `architecture.json` and
+    its pictures where one was searched; and `stages/`, the runs of a regime's earlier stages.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -36,6 +36,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluation.json"
         self.architecture = self.path / "architecture.json"
+        self.picture, self.curves = self.path / "architecture.svg", self.path / "search.svg"
         self.stages = self.path / "stages"
 
     @classmethod
@@ -91,7 +92,15 @@ class RunFolder:
         if overwrite:
             for part in (self.adapter, self.checkpoints, self.stages):
                 shutil.rmtree(part, ignore_errors=True)
-            for file in (self.metrics, self.log, self.recipe, self.evaluation, self.architecture):
+            for file in (
+                self.metrics,
+                self.log,
+                self.recipe,
+                self.evaluation,
+                self.architecture,
+                self.picture,
+                self.curves,
+            ):
                 file.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
 

@@ -13,10 +13,12 @@ import torch
 from peml.attached import count
 from peml.config import part_to_dict
 from peml.evaluation import average, suite_averages
+from peml.picture import draw, draw_traces, read_traces
 from peml.prompts import PrefixGenerator
+from peml.prompts.cost import BYTES
 from peml.training.bill import bill_of, devices, origin_of, search_bill
 from peml.training.collapse import collapsed, majority_scores
-from peml.training.folder import RunFolder
+from peml.training.folder import RunFolder, write_text
 from peml.training.progress import RunLog, kept
 from peml.training.search import gap_of
 from peml.training.trainer import MultiTaskTrainer
@@ -120,6 +122,18 @@ def write_architecture(
         }
     )
     dataclasses.replace(prompt.architecture(), origin=origin).save(folder.architecture)
+
+
+def draw_search(folder: RunFolder, trainer: MultiTaskTrainer) -> None:
+    """What the search found and how it went, as pictures in the run's folder; nothing where nothing was searched."""
+    prompt = trainer.tuner.prompt
+    if not isinstance(prompt, PrefixGenerator) or prompt.searching:
+        return
+    budget = None if prompt.config.found is not None else BYTES * prompt.config.budget(prompt.shape)
+    picture = draw(prompt.architecture(), prompt.shape, tasks=trainer.task_names, budget_bytes=budget)
+    write_text(folder.picture, picture)
+    if curves := read_traces(folder.log):
+        write_text(folder.curves, draw_traces(curves))
 
 
 def _gap(trainer: MultiTaskTrainer, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:

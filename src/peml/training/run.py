@@ -28,7 +28,7 @@ from peml.training.folder import RunFolder, write_text
 from peml.training.probing import probe_heads
 from peml.training.progress import Patience, RunLog, progress_bar
 from peml.training.recipe import Recipe, load_recipe
-from peml.training.record import record_of, write_architecture
+from peml.training.record import draw_search, record_of, write_architecture
 from peml.training.regime import Bilevel, Joint
 from peml.training.streaming import training_rows
 from peml.training.trainer import MultiTaskTrainer
@@ -139,6 +139,7 @@ def train(
     if main:
         write_architecture(folder, bench, trainer, seconds, stages)
         _save(model, folder)
+        draw_search(folder, trainer)
         folder.write_json(folder.metrics, metrics)
     wait()
     if stage.end is not None:
