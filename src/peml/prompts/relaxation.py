@@ -97,9 +97,10 @@ def mixed(operations: Iterable[nn.Module], hidden: Tensor, weights: Weights, c: 
     candidates = list(operations)
     if weights.chosen is not None:
         o = weights.chosen[c]
-        one: Tensor = weights.values[c, o] * run(candidates[o])
-        return one
-    return torch.tensordot(weights.values[c], torch.stack([run(operation) for operation in candidates]), dims=1)
+        total: Tensor = weights.values[c, o] * run(candidates[o])
+    else:
+        total = torch.tensordot(weights.values[c], torch.stack([run(operation) for operation in candidates]), dims=1)
+    return total
 
 
 def log_gate(kind: GateRelaxation, logits: Tensor, tau: Tensor, draw: bool) -> Tensor:
