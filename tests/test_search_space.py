@@ -81,7 +81,7 @@ def test_noise_that_is_not_finite_is_drawn_again(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_gate_of_zero_excludes_its_token() -> None:
-    """To one part in 10^9; and its logit still has a gradient, which deleting it could not give."""
+    """But for a part in 10^9 of its weight; and its logit still has a gradient, which deleting it could not give."""
     config = dataclasses.replace(SMALL, gate_relaxation="straight_through", gate_init=None)
     model = adapt(tiny(), prompt=config)
     prompt, batch = model.base_model.prompt, tokens()
@@ -93,7 +93,7 @@ def test_a_gate_of_zero_excludes_its_token() -> None:
     with torch.no_grad():
         prompt.kept[:, 1:3] = False
     prompt._derived = None
-    torch.testing.assert_close(model(input_ids=batch).logits, logits, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(model(input_ids=batch).logits, logits, rtol=1e-7, atol=1e-5)
 
 
 def test_gates_are_drawn_with_their_probability_in_training_alone() -> None:

@@ -97,11 +97,10 @@ def mixed(operations: Iterable[nn.Module], hidden: Tensor, weights: Weights, c: 
     candidates = list(operations)
     if weights.chosen is not None:
         o = weights.chosen[c]
-        one: Tensor = weights.values[c, o] * run(candidates[o])
-        return one
-    outputs = torch.stack([run(operation) for operation in candidates])
-    whole: Tensor = torch.tensordot(weights.values[c], outputs, dims=1)
-    return whole
+        total: Tensor = weights.values[c, o] * run(candidates[o])
+    else:
+        total = torch.tensordot(weights.values[c], torch.stack([run(operation) for operation in candidates]), dims=1)
+    return total
 
 
 def log_gate(kind: GateRelaxation, logits: Tensor, tau: Tensor, draw: bool) -> Tensor:
