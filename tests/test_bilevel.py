@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -298,6 +299,26 @@ def test_what_is_only_frozen_for_a_moment_comes_back() -> None:
         assert [p.requires_grad for p in model.parameters()] == [False, True, False, False]
         raise KeyError
     assert [p.requires_grad for p in model.parameters()] == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"relaxation": "gumbel"},
+        {"relaxation": "sigmoid"},
+        {"gate_relaxation": "straight_through"},
+        {"exact_budget": True},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_relaxation_moves_in_steps_of_its_own(tmp_path: Path, changes: dict[str, Any]) -> None:
+    prompt = dataclasses.replace(PROMPT, **changes, head_rank=(2, 3))
+    one = trainer(tmp_path, Unrolled(), config=peml.PemlConfig(task_names=TASKS, adapter=peml.LoRA(r=2), prompt=prompt))
+    before = state(one)[0]
+    one.train()
+    after = state(one)[0]
+    assert len(before) == 4 and all(not torch.equal(before[key], value) for key, value in after.items())
+    assert all(bool(value.isfinite().all()) for value in after.values()) and not one.tuner.prompt.searching
 
 
 @pytest.mark.parametrize("balance", ["uncertainty", "pcgrad", "famo", "gradnorm"])

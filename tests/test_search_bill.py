@@ -155,7 +155,9 @@ def test_the_parts_add_up() -> None:
     assert first["search"]["device_hours"] == pytest.approx(0.1) and first["search"]["share"] == 0.45
     assert first["total"]["peak_memory_bytes"] == 7e12
     tuned = {"trials": 5, "wall_seconds": 300.0, "device_hours": 1.0}
-    whole = bill_of(counted, 100.0, 10, {}, {"search": first}, tuned, origin={"search": {"wall_seconds": 3.0}})
+    both = bill_of(counted, 200.0, 20, found, {}, tuned)
+    assert both["total"]["wall_seconds"] == 500 and both["search"]["share"] == 0.18
+    whole = bill_of(counted, 100.0, 10, {}, {"search": both}, tuned, origin={"search": {"wall_seconds": 3.0}})
     assert whole["search"]["wall_seconds"] == 90 and whole["search"]["steps"] == 9
     assert whole["stages"]["search"] == {
         "wall_seconds": 100.0, "device_hours": pytest.approx(0.111111, abs=1e-6), "steps": 11,

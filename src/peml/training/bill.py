@@ -84,7 +84,8 @@ def bill_of(
     for name, bill in stages.items():
         for own in ("search", "discretisation"):
             parts[own] = _sum(parts[own], bill[own])
-        rest = [given for key, given in _parts(bill).items() if key not in ("search", "discretisation")]
+        # All stages come from one tuning, which is counted once.
+        rest = [given for key, given in _parts(bill).items() if key not in ("search", "discretisation", "tuning")]
         earlier[name] = _sum(*rest)
     tuning = {} if tuned is None else {"tuning": {"peak_memory_bytes": 0, "steps": 0, **tuned}}
     total = _sum(*parts.values(), *earlier.values(), *tuning.values())

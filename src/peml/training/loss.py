@@ -26,16 +26,16 @@ def row_counts(form: Form, labels: Tensor) -> Tensor:
 
 
 def row_losses(form: Form, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Sum of the token losses of each row, `[B]`, in nats and fp32 at least; those of heads are `Heads.losses`.
+    """Sum of the token losses of each row, `[B]`, in nats and fp32; those of heads are `Heads.losses`.
 
     Shapes:
         logits `[B, S, V]`, labels `[B, S]` (not shifted).
     """
     targets = labels[:, int(form == "causal") :]
     row, column = targets.ne(IGNORED).nonzero(as_tuple=True)
-    kept = logits[row, column]
-    kept = kept.to(torch.promote_types(kept.dtype, torch.float32))
-    losses = F.cross_entropy(kept, targets[row, column], reduction="none", label_smoothing=label_smoothing)
+    losses = F.cross_entropy(
+        logits[row, column].float(), targets[row, column], reduction="none", label_smoothing=label_smoothing
+    )
     return torch.zeros(len(labels), dtype=losses.dtype, device=logits.device).index_add_(0, row, losses)
 
 

@@ -77,13 +77,14 @@ def bill_now(
     bench: Workbench, trainer: MultiTaskTrainer, seconds: float, stages: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The bill of a training so far."""
+    tuned = getattr(bench.recipe, "tuned", None)
     return bill_of(
         devices(trainer.args),
         seconds,
         trainer.state.global_step,
         trainer.schedule.record,
         {name: own["bill"] for name, own in stages.items() if "bill" in own},
-        getattr(bench.recipe, "tuned", None),
+        None if tuned is None else dict(tuned),
         origin_of(trainer.tuner.prompt),
     )
 
