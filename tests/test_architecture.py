@@ -1,6 +1,7 @@
 """Architectures: the file, other depths, random ones, and trainings that begin with one."""
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -166,21 +167,22 @@ def test_it_is_stored_with_the_adapter(tmp_path: Path) -> None:
 # Random ones
 
 
-def test_random_architectures_use_up_the_budget_uniformly() -> None:
+@pytest.mark.parametrize(("slots", "tokens", "budget"), [(SLOTS, 2, 1.3), (SLOTS[:1] * 3, 2, 0.7)])
+def test_random_architectures_use_up_the_budget_uniformly(slots: tuple, tokens: int, budget: float) -> None:
     """Against all vectors of lengths of the largest cost within the budget."""
-    config = dataclasses.replace(SMALL, num_virtual_tokens=2, budget_tokens=1.3, head_rank=(2, 3))
-    widths, limit = [12, 10, 12], 1.3 * 34
-    every = [(a, b, c) for a in range(3) for b in range(3) for c in range(3)]
+    config = dataclasses.replace(SMALL, num_virtual_tokens=tokens, budget_tokens=budget, head_rank=(2, 3))
+    widths = [slot.width for slot in slots]
+    every = list(itertools.product(range(tokens + 1), repeat=3))
     costs = {each: sum(n * w for n, w in zip(each, widths, strict=True)) for each in every}
-    most = max(cost for cost in costs.values() if cost <= limit)
+    most = max(cost for cost in costs.values() if cost <= budget * sum(widths))
     allowed = {each for each, cost in costs.items() if cost == most}
-    drawn = [Architecture.random(config, SHAPE, seed) for seed in range(900)]
+    drawn = [Architecture.random(config, ModelShape(slots, 24), seed) for seed in range(1800)]
     counts = Counter(found.lengths for found in drawn)
     assert set(counts) == allowed and len(allowed) > 1
     assert max(counts.values()) < 1.35 * min(counts.values())
     assert {found.operations[0] for found in drawn} == set(config.operations)
     assert {found.head_rank for found in drawn} == {2, 3}
-    assert drawn[5] == Architecture.random(config, SHAPE, 5) and drawn[5].origin == {"random": 5}
+    assert drawn[5] == Architecture.random(config, ModelShape(slots, 24), 5) and drawn[5].origin == {"random": 5}
 
 
 @pytest.mark.parametrize(
