@@ -354,18 +354,22 @@ def test_a_closed_layer_goes_as_a_whole() -> None:
     assert prompt.architecture().lengths[1] == 0 and prompt(None)[1] is None
 
 
-def test_gates_stay_where_they_were_after_the_search() -> None:
-    """Fine-tuning afterwards trains the generator, not the gates nor the choice."""
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gates_stay_where_they_were_after_the_search(set_to_none: bool) -> None:
+    """Fine-tuning afterwards trains the generator, not the gates nor the choice, whatever momentum they have."""
     model = adapt(tiny(), prompt=SMALL)
     prompt = model.base_model.prompt
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    probe_loss(model(input_ids=tokens()).logits).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=set_to_none)
     prompt.derive()
     before, strength = prompt.gates(), prompt.strength.detach().clone()
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1)
     for _ in range(2):
         probe_loss(model(input_ids=tokens()).logits).backward()
         assert all(p.grad is None or not p.grad.any() for p in prompt.architecture_parameters())
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=set_to_none)
     assert all(map(torch.equal, prompt.gates(), before)) and not torch.equal(prompt.strength, strength)
 
 
