@@ -147,6 +147,26 @@ def test_a_head_whose_rank_is_decided_is_that_head(kind: str) -> None:
     torch.testing.assert_close(flat(prompt), before, rtol=1e-12, atol=1e-14)
 
 
+def test_a_drawn_rank_runs_alone_and_its_gradient_knows_the_others() -> None:
+    """Forward the head that was drawn, backward that of all under the weights of the noisy softmax."""
+    prompt, ranks = generator(head_rank=(1, 3, 2), relaxation="gumbel").train(), (1, 3, 2)
+    hidden, seen = torch.randn(5, 9, dtype=torch.float64), set()
+    heads = torch.stack([hidden @ prompt.head_in[:, :q] @ prompt.head_out[:q] for q in ranks]).detach()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        found = prompt.head(hidden)
+        torch.manual_seed(seed)
+        noise = -torch.empty(1, 3, dtype=torch.float64).exponential_().log()[0]
+        soft = torch.softmax(torch.log_softmax(prompt.head_alpha, -1) + noise, -1)
+        drawn = int(soft.argmax())
+        torch.testing.assert_close(found, heads[drawn], rtol=1e-12, atol=1e-14)
+        wanted = probe_loss(torch.tensordot(soft, heads, dims=1))
+        left, right = (torch.autograd.grad(loss, prompt.head_alpha)[0] for loss in (probe_loss(found), wanted))
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-12)
+        seen.add(drawn)
+    assert seen == {0, 1, 2}
+
+
 # Budgets
 
 
@@ -356,6 +376,8 @@ def test_a_step_never_waits_for_the_device(relaxation: str, state: str) -> None:
     with Traffic() as traffic:
         step()
     assert traffic.seen == []
+    # What was moved once goes along, in whatever precision.
+    assert prompt.to("meta").expected_cost().device.type == "meta" and prompt._widths().device.type == "meta"
     if state != "search":
         assert any(0 < len(row) < 5 for row in prompt.architecture().tokens), "some tokens are picked"
 

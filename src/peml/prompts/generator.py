@@ -193,12 +193,8 @@ class PrefixGenerator(Prefix):
         if not self.searching or self.head_alpha is None:
             rank = self._structure().rank
             return hidden @ self.head_in[:, :rank] @ self.head_out[:rank]
-        weights = self._relaxed(self.head_alpha[None])
-        if weights.chosen is not None:
-            rank = self.config.ranks[weights.chosen[0]]
-            return weights.values[0, weights.chosen[0]] * (hidden @ self.head_in[:, :rank]) @ self.head_out[:rank]
         # Heads share columns, so that their weighted sum is one product: a column counts in all that are wide enough.
-        ranks = self.constant("ranks", lambda: self.config.ranks)
+        ranks, weights = self.constant("ranks", lambda: self.config.ranks), self._relaxed(self.head_alpha[None])
         within = torch.arange(self.head_in.shape[1], device=hidden.device) < ranks[:, None]
         return (hidden @ self.head_in * (weights.values[0] @ within.to(hidden.dtype))) @ self.head_out
 

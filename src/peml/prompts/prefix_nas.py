@@ -130,8 +130,8 @@ class PrefixNAS(PromptConfig):
         if (found := self.found) is not None:
             if not found.derived:
                 raise PemlError(
-                    "prompt.architecture is that of a search that is not over, which has chosen nothing yet: finish it, "
-                    "or call derive() of its prompt, and save the architecture again"
+                    "prompt.architecture is that of a search that is not over, which has chosen nothing yet: finish "
+                    "it, or call derive() of its prompt, and save the architecture again"
                 )
             object.__setattr__(self, "num_cells", len(found.operations))
             for name in ("num_virtual_tokens", "width", "embedding_dim", "head_rank"):
