@@ -68,6 +68,11 @@ GOOD = {
         ({"width": 9.5}, "width: .*integer, not 9.5"),
         ({"derived": 1}, "derived: .*boolean, not 1"),
         ({"gates": [[float("nan")]]}, "gates.0.0: "),
+        ({"gates": [[0.5] * 5]}, "gates must have 5 numbers for each of 3 layers, or be empty"),
+        ({"gates": [[0.5] * 4] * 3}, "gates must have 5 numbers"),
+        ({"candidates": ["linear", "conv3"], "alpha": [[0.1, 0.2]]}, "alpha must have 2 numbers for each of 2 cells"),
+        ({"alpha": [[0.1], [0.1]]}, "alpha must have 0 numbers"),
+        ({"origin": {"gap": float("nan")}}, "no plain JSON .*not JSON compliant"),
         ({"widht": 9}, "widht: is no key of an architecture"),
     ],
 )
@@ -81,7 +86,8 @@ def test_a_damaged_file_is_refused_by_name(damage: dict, message: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[1]", "must be a mapping"), ("{", "is not JSON"), (None, "there is no")]
+    ("text", "message"),
+    [("[1]", "must be a mapping"), ("{", "is not JSON"), ("[" * 100_000, "is not JSON"), (None, "there is no")],
 )
 def test_what_is_no_architecture_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "found.json"
@@ -93,15 +99,40 @@ def test_what_is_no_architecture_is_refused(text: str | None, message: str, tmp_
         Architecture.load(tmp_path)
 
 
+def test_a_search_that_is_not_over_is_none_to_import(tmp_path: Path) -> None:
+    """It holds every token of every layer, whatever the budget: nobody has chosen them."""
+    still_open = SMALL.build(SHAPE, 1).architecture()
+    assert not still_open.derived and still_open.lengths == (5, 5, 5)
+    with pytest.raises(PemlError, match=r"a search that is not over.*derive\(\)"):
+        PrefixNAS(architecture=still_open)
+    path = still_open.save(tmp_path / "open.json")
+    with pytest.raises(PemlError, match="a search that is not over"):
+        load_recipe(write_recipe(tmp_path, architecture=str(path))).config()
+
+
+def test_gates_of_an_exact_budget_are_known_at_its_end() -> None:
+    """Before it they are shifted by what only a model of this shape can say."""
+    prompt = dataclasses.replace(SMALL, exact_budget=True).build(SHAPE, 1).double()
+    assert prompt.architecture().gates == ()
+    prompt.derive()
+    torch.testing.assert_close(
+        torch.tensor(prompt.architecture().gates).double(),
+        prompt.gates()[0] * torch.sigmoid(prompt.layer_gate)[:, None],
+        rtol=0,
+        atol=1e-6,
+    )
+
+
 # Other models
 
 
 def test_another_depth_takes_the_layers_at_its_relative_depth() -> None:
     tokens = tuple((layer,) if layer else () for layer in range(4))
-    found = Architecture(("linear",), tokens, True, 5, 9, 4, 3, gates=((0.0,), (0.1,), (0.2,), (0.3,)))
+    gates = tuple((layer / 10,) * 5 for layer in range(4))
+    found = Architecture(("linear",), tokens, True, 5, 9, 4, 3, gates=gates)
     assert found.resampled(4) is found
     assert found.resampled(8).tokens == ((), (), (1,), (1,), (2,), (2,), (3,), (3,))
-    assert found.resampled(2).tokens == ((1,), (3,)) and found.resampled(2).gates == ((0.1,), (0.3,))
+    assert found.resampled(2).tokens == ((1,), (3,)) and found.resampled(2).gates == (gates[1], gates[3])
     only = dataclasses.replace(found, tokens=((4,), (), (), ()))
     assert only.resampled(2).tokens == ((4,), ())  # at the middles of halves there is nothing
 

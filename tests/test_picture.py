@@ -76,6 +76,15 @@ def test_an_architecture_is_drawn_with_all_that_is_known_of_it() -> None:
     assert wide["soft"] == pytest.approx([wide["main"][0] / 3] * 2 + [wide["main"][1] / 2] * 2, abs=0.02)
 
 
+def test_weights_of_candidates_that_do_not_compete_are_sigmoids() -> None:
+    _, rects = read(draw(found(relaxation="sigmoid")))  # type: ignore[arg-type]
+    wide = [float(r.get("width")) for r in rects if r.get("height") == "13.00"]
+    assert [w / wide[1] for w in wide[:3]] == pytest.approx([0.5 / 0.75, 1.0, 0.5 / 0.75], abs=0.01)
+    closed = found(relaxation="sigmoid")
+    closed.more["alpha"] = [[-1e5] * 3] * 2
+    read(draw(closed))  # type: ignore[arg-type]
+
+
 def test_an_architecture_without_weights_or_model_is_drawn_as_far_as_it_is_known() -> None:
     plain = Found([[0, 2], [1]], ["conv3"], derived=False)
     texts, _ = read(draw(plain))  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peml
 from models import adapt, probe_loss, shake, tiny, tokens
@@ -146,6 +147,26 @@ def test_a_head_whose_rank_is_decided_is_that_head(kind: str) -> None:
     torch.testing.assert_close(flat(prompt), before, rtol=1e-12, atol=1e-14)
 
 
+def test_a_drawn_rank_runs_alone_and_its_gradient_knows_the_others() -> None:
+    """Forward the head that was drawn, backward that of all under the weights of the noisy softmax."""
+    prompt, ranks = generator(head_rank=(1, 3, 2), relaxation="gumbel").train(), (1, 3, 2)
+    hidden, seen = torch.randn(5, 9, dtype=torch.float64), set()
+    heads = torch.stack([hidden @ prompt.head_in[:, :q] @ prompt.head_out[:q] for q in ranks]).detach()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        found = prompt.head(hidden)
+        torch.manual_seed(seed)
+        noise = -torch.empty(1, 3, dtype=torch.float64).exponential_().log()[0]
+        soft = torch.softmax(torch.log_softmax(prompt.head_alpha, -1) + noise, -1)
+        drawn = int(soft.argmax())
+        torch.testing.assert_close(found, heads[drawn], rtol=1e-12, atol=1e-14)
+        wanted = probe_loss(torch.tensordot(soft, heads, dims=1))
+        left, right = (torch.autograd.grad(loss, prompt.head_alpha)[0] for loss in (probe_loss(found), wanted))
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-12)
+        seen.add(drawn)
+    assert seen == {0, 1, 2}
+
+
 # Budgets
 
 
@@ -159,6 +180,20 @@ def test_the_budget_in_three_units() -> None:
     # LLaMA-2-7B: 16 tokens are 4.2 M numbers, 8.4 MB in bfloat16.
     llama = ModelShape((AttentionSlot(32, 128),) * 32, 4096)
     assert PrefixNAS(budget_mb=8.388608).budget(llama) == pytest.approx(PrefixNAS().budget(llama)) == 4_194_304
+
+
+def test_a_budget_of_whole_tokens_is_not_short_of_one() -> None:
+    """In binary 0.7 % of 1000 is a little less than 7; and a gate that is as good as closed still is not deployed."""
+    for n in range(1, 33):
+        for given in ({"budget_percent": n / 10, "budget_context": 1000}, {"budget_mb": n * 34 * 2 / 1e6}):
+            config = PrefixNAS(
+                num_virtual_tokens=32, width=4, embedding_dim=2, head_rank=1, operations=("none",), **given
+            )
+            assert config.budget(SHAPE) >= n * 34
+            if n in (7, 29):
+                prompt = config.build(SHAPE, 1)
+                prompt.derive()
+                assert prompt.architecture().lengths == (n, n, n)
 
 
 @pytest.mark.parametrize("budget", [0.3, 2.0, 4.5])
@@ -261,6 +296,14 @@ def test_multiply_adds_are_those_of_the_products(name: str) -> None:
     assert operation_multiply_adds(name, 6, 8) == expected
 
 
+def test_every_operation_can_be_measured() -> None:
+    """Also `none`, which has no backward pass; and no draw of the training changes."""
+    before = torch.random.get_rng_state()
+    seconds = dataclasses.replace(SMALL, operations=tuple(OPERATIONS)).measure_operations()
+    assert set(seconds) == set(OPERATIONS) and min(seconds.values()) > 0
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_measured_times_stand_in_for_multiply_adds() -> None:
     config = dataclasses.replace(SMALL, operations=("identity", "linear", "self_attn"))
     seconds = config.measure_operations()
@@ -270,6 +313,73 @@ def test_measured_times_stand_in_for_multiply_adds() -> None:
     weights = prompt.cell_weights()
     wanted = (weights * torch.tensor(list(seconds.values()), dtype=torch.float64)).sum() / min(seconds.values()) - 1
     torch.testing.assert_close(prompt.penalties()["time"], 0.1 * wanted)
+
+
+# Precision, and what a device waits for
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("relaxation", ["softmax", "gumbel", "sigmoid"])
+@pytest.mark.parametrize("gates", ["sigmoid", "straight_through"])
+def test_a_search_in_half_precision_stays_finite(dtype: torch.dtype, relaxation: str, gates: str) -> None:
+    """A weight of 1e-9 and a count of 10^5 parameters are beyond float16; the search is computed in float32."""
+    shape = ModelShape((AttentionSlot(2, 3), AttentionSlot(200, 200)), 24)
+    config = dataclasses.replace(
+        SMALL, relaxation=relaxation, gate_relaxation=gates, head_rank=(2, 3), width=300, parameter_budget=1000,
+        time_budget=1e-3,
+    )  # fmt: skip
+    prompt = config.build(shape, 1).to(dtype)
+    prompt.set_progress(0.9)
+    with torch.no_grad():
+        prompt.alpha[0, 0] = 6.0
+        prompt.token_gate[:, 1:3] = -30.0
+    layers, terms = prompt(None), prompt.penalties()
+    assert layers[0].keys.dtype == dtype
+    (sum(part.float().sum() for layer in layers for part in layer) + sum(terms.values())).backward()
+    assert all(part.isfinite().all() for layer in layers for part in layer)
+    assert all(term.isfinite() for term in terms.values()), terms
+    assert all(parameter.grad.isfinite().all() for parameter in prompt.architecture_parameters())
+    exact = prompt.double().penalties()
+    for name, term in terms.items():
+        assert float(term.detach()) == pytest.approx(float(exact[name].detach()), rel=2e-2), name
+
+
+class Traffic(TorchDispatchMode):
+    """Numbers that go from Python to tensors, or back: with a GPU each of them is a wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default):
+            self.seen.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("relaxation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("state", ["search", "derived", "imported"])
+def test_a_step_never_waits_for_the_device(relaxation: str, state: str) -> None:
+    changes = {"head_rank": (2, 3), "parameter_budget": 10, "time_budget": 1e-4, "relaxation": relaxation}
+    if state == "imported":
+        changes["architecture"] = "random:1"
+    prompt = generator(**changes)
+    if state == "derived":
+        prompt.derive()
+
+    def step() -> None:
+        prompt.set_progress(0.7)
+        loss = sum(part.sum() for layer in prompt(None) if layer is not None for part in layer)
+        (loss + sum(prompt.penalties().values())).backward()
+
+    step()
+    with Traffic() as traffic:
+        step()
+    assert traffic.seen == []
+    # What was moved once goes along, in whatever precision.
+    assert prompt.to("meta").expected_cost().device.type == "meta" and prompt._widths().device.type == "meta"
+    if state != "search":
+        assert any(0 < len(row) < 5 for row in prompt.architecture().tokens), "some tokens are picked"
 
 
 # The log

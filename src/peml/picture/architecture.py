@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from peml.picture.svg import INNER, MARGIN, WIDTH, page, path, rect, text, ticks, wrapped
 from peml.prompts import Architecture
 from peml.prompts.base import ModelShape
@@ -86,7 +88,8 @@ def _generator(found: Mapping[str, Any], top: float) -> tuple[list[str], float]:
         elif row:
             pieces.append(text(x - 6, at + 26, "→", "quiet", "end"))
         if is_cell and bars:
-            pieces += _weights(candidates, alpha[place - 1], what, x, at + 54, each)
+            apart = found.get("relaxation") == "sigmoid"
+            pieces += _weights(candidates, alpha[place - 1], what, x, at + 54, each, apart)
     rows = math.ceil(len(boxes) / per_row)
     return pieces, y + rows * deep + (rows - 1) * 20
 
@@ -96,12 +99,15 @@ def _arrow(start: float, end: float, y: float) -> str:
 
 
 def _weights(
-    candidates: Sequence[str], alpha: Sequence[float], chosen: str, x: float, y: float, width: float
+    candidates: Sequence[str], alpha: Sequence[float], chosen: str, x: float, y: float, width: float, apart: bool
 ) -> list[str]:
-    """Names of the candidates of one cell on bars of their softmax weights, the largest as wide as the cell."""
-    shifted = [math.exp(value - max(alpha)) for value in alpha]
-    shares = [value / sum(shifted) for value in shifted]
-    most, pieces = max(shares), []
+    """Names of the candidates of one cell on bars of their weights, the largest as wide as the cell.
+
+    Weights are of a softmax, or, of candidates apart, of a sigmoid each.
+    """
+    logits = torch.tensor(alpha, dtype=torch.float64)
+    shares = (torch.sigmoid(logits) if apart else torch.softmax(logits, dim=0)).tolist()
+    most, pieces = max(shares) or 1.0, []
     for row, (name, share) in enumerate(zip(candidates, shares, strict=True)):
         at = y + 15 * row
         # Light letters need a bar that reaches behind all of them.

@@ -81,6 +81,15 @@ class Architecture:
                 )
         if not any(self.tokens):
             raise PemlError("tokens must keep one in some layer")
+        self._check_views()
+
+    def _check_views(self) -> None:
+        for name, rows, number, each, size in (
+            ("alpha", self.alpha, len(self.operations), "cells", len(self.candidates)),
+            ("gates", self.gates, len(self.tokens), "layers", self.num_virtual_tokens),
+        ):
+            if rows and (len(rows) != number or any(len(row) != size for row in rows)):
+                raise PemlError(f"{name} must have {size} numbers for each of {number} {each}, or be empty")
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -119,6 +128,7 @@ class Architecture:
         try:
             # As text, because strict types know that JSON has lists alone.
             found: Architecture = _adapter().validate_json(json.dumps(fields))
+            json.dumps(found.origin, allow_nan=False)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(str(part) for part in first["loc"])
@@ -149,7 +159,7 @@ class Architecture:
             raise PemlError(f"there is no architecture file {path}") from None
         except OSError as error:
             raise PemlError(f"{path} cannot be read ({error.strerror}): give an architecture file") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PemlError(f"{path} is not JSON ({error}): give an architecture file of peml") from None
         if isinstance(data, dict) and data.get("format") is None:
             raise PemlError(f"{path}: format is missing, and an architecture's is {FORMAT!r}")
@@ -251,7 +261,7 @@ def architecture_in(config: PrefixNAS, state: Mapping[str, Tensor]) -> Architect
     """
     if config.found is not None:
         return config.found
-    own = {name: state[name].detach().double().cpu() for name in STRUCTURE if name in state}
+    own = {name: state[name].detach().cpu().double() for name in STRUCTURE if name in state}
     choice, head_choice = own["choice"].long().tolist(), int(own["head_choice"])
     derived = choice[0] >= 0
     if not derived:
@@ -273,7 +283,8 @@ def architecture_in(config: PrefixNAS, state: Mapping[str, Tensor]) -> Architect
         relaxation=config.relaxation,
         candidates=config.operations,
         alpha=_rounded(own["alpha"]),
-        gates=_rounded(gates),
+        # Shifted to an exact budget they are other ones, which only a model of this shape can say.
+        gates=_rounded(gates) if derived or not config.exact_budget else (),
     )
 
 

@@ -7,6 +7,8 @@ Letters: `L` layers, `P` tokens, `H` key/value heads, `D` head size, `U` units o
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,14 +41,13 @@ def common_shift(token_logits: Tensor, layer_gates: Tensor, widths: Tensor, budg
         widths: `[L]`.
         budget: numbers.
     """
-    beta, layers = token_logits.detach().double(), layer_gates.detach().double()
-    wide = widths.double()
+    beta, layers = token_logits.detach(), layer_gates.detach()
     low, high = -beta.max() - 40, -beta.min() + 40
     for _ in range(60):
         middle = (low + high) / 2
-        above = expected(torch.sigmoid(beta + middle), layers, wide) > budget
+        above = expected(torch.sigmoid(beta + middle), layers, widths) > budget
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    b = ((low + high) / 2).to(token_logits.dtype)
+    b = (low + high) / 2
     # A step of Newton's method from the solution moves nothing, and has the gradient that the theorem asks for.
     open_now = torch.sigmoid(token_logits + b)
     slope = (layer_gates * (open_now * (1 - open_now)).sum(1) * widths).sum().detach()
@@ -74,12 +75,13 @@ def kept(
         threshold: of both kinds of gates.
         units: U, of each layer: P where tokens go one by one, 1 where a layer goes as a whole.
     """
-    gates = (token_gates * layer_gates[:, None])[:, :units].double()
+    gates = (token_gates * layer_gates[:, None])[:, :units]
     wanted = (token_gates[:, :units] >= threshold) & (layer_gates[:, None] >= threshold)
     wanted.view(-1)[gates.argmax()] = True
-    cost = (widths.double() * token_gates.shape[1] / units)[:, None].expand_as(gates)
+    # Whole numbers, because a sum of many in single precision is not exact.
+    cost = (widths.long() * (token_gates.shape[1] // units))[:, None].expand_as(gates)
     order = torch.where(wanted, gates, -1.0).T.flatten().argsort(descending=True, stable=True)
-    fits = cost.T.flatten()[order].cumsum(0) <= budget
+    fits = cost.T.flatten()[order].cumsum(0) <= math.floor(budget)
     fits[0] = True
     within = torch.zeros_like(fits).scatter(0, order, fits).view(units, -1).T
     return (wanted & within).expand(-1, token_gates.shape[1] if units == 1 else -1)

@@ -7,7 +7,7 @@ Letters: `P` prefix tokens, `L` attention layers, `h` width, `q` rank of the hea
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -33,12 +33,12 @@ class Structure(NamedTuple):
     Args:
         choice: operation of each cell; -1: open.
         rank: of the head.
-        kept: tokens of each layer.
+        kept: tokens of each layer, as indices on the device.
     """
 
     choice: list[int]
     rank: int
-    kept: list[list[int]]
+    kept: list[Tensor]
 
 
 class PrefixGenerator(Prefix):
@@ -87,9 +87,10 @@ class PrefixGenerator(Prefix):
         self.register_buffer("choice", torch.full((config.num_cells,), -1 if found is None else 0))
         self.register_buffer("head_choice", torch.tensor(-1 if len(config.ranks) > 1 else 0))
         self.register_buffer("kept", kept)
-        self.register_buffer("progress", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("progress", torch.zeros(()))
         self._warming_up = False
         self._derived: Structure | None = None
+        self._constants: dict[str, Tensor] = {}
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     choice: Tensor
@@ -108,12 +109,29 @@ class PrefixGenerator(Prefix):
         return self._structure().choice[0] < 0
 
     def _structure(self) -> Structure:
-        """Read from the buffers once."""
-        if self._derived is None:
-            tokens = [row.nonzero().flatten().tolist() for row in self.kept.cpu()]
+        """Read from the buffers once on each device: to read them in every step would make it wait."""
+        if self._derived is None or self._derived.kept[0].device != self.kept.device:
+            tokens = [row.nonzero().flatten() for row in self.kept]
             rank = self.config.ranks[int(self.head_choice)]
             self._derived = Structure(self.choice.tolist(), rank, tokens)
         return self._derived
+
+    def constant(self, name: str, numbers: Callable[[], Sequence[float]]) -> Tensor:
+        """Numbers that never change, as a tensor that is moved to the device once.
+
+        Args:
+            name: of the tensor.
+            numbers: called for it once on each device.
+        """
+        known, device = self._constants.get(name), self.seed.device
+        if known is None or (known.device, known.dtype) != (device, self._precise):
+            known = self._constants[name] = torch.tensor(numbers(), dtype=self._precise, device=device)
+        return known
+
+    @property
+    def _precise(self) -> torch.dtype:
+        """Of the search: single precision at least, because in half of it closed gates are 0 and widths infinite."""
+        return torch.promote_types(self.seed.dtype, torch.float32)
 
     def architecture_parameters(self) -> list[nn.Parameter]:
         """alpha, that of the head, beta, gamma: those that are searched."""
@@ -126,6 +144,7 @@ class PrefixGenerator(Prefix):
         self._warming_up = fraction < self.config.warmup_fraction
 
     def _open(self, parameter: Tensor) -> Tensor:
+        parameter = parameter.to(self._precise)
         if not self.searching:
             return parameter.detach()
         # Multiplying by zero, not detaching: every parameter then has a gradient, which data-parallel training needs.
@@ -137,7 +156,7 @@ class PrefixGenerator(Prefix):
 
     def temperature(self) -> Tensor:
         """tau; falls exponentially with progress."""
-        return relaxation.temperature(self.config.temperature, self.progress).to(self.seed.dtype)
+        return relaxation.temperature(self.config.temperature, self.progress)
 
     # The cells and the head
 
@@ -149,11 +168,12 @@ class PrefixGenerator(Prefix):
     def rank_weights(self) -> Tensor:
         """The same of the head's rank, `[candidates]`."""
         if self.head_alpha is None:
-            return self.seed.new_ones(1)
+            return self.seed.new_ones(1, dtype=self._precise)
         return relaxation.probabilities(self.config.relaxation, self._open(self.head_alpha), self.temperature())
 
     def _relaxed(self, alpha: Tensor) -> Weights:
-        return relaxation.relaxed(self.config.relaxation, self._open(alpha), self.temperature(), self._draws)
+        weights = relaxation.relaxed(self.config.relaxation, self._open(alpha), self.temperature(), self._draws)
+        return weights._replace(values=weights.values.to(self.seed.dtype))
 
     def hidden(self) -> Tensor:
         """`H_C [P, h]`: the cells, relaxed during the search, one operation each afterwards."""
@@ -173,12 +193,8 @@ class PrefixGenerator(Prefix):
         if not self.searching or self.head_alpha is None:
             rank = self._structure().rank
             return hidden @ self.head_in[:, :rank] @ self.head_out[:rank]
-        weights = self._relaxed(self.head_alpha[None])
-        if weights.chosen is not None:
-            rank = self.config.ranks[weights.chosen[0]]
-            return weights.values[0, weights.chosen[0]] * (hidden @ self.head_in[:, :rank]) @ self.head_out[:rank]
         # Heads share columns, so that their weighted sum is one product: a column counts in all that are wide enough.
-        ranks = torch.tensor(self.config.ranks, device=hidden.device)
+        ranks, weights = self.constant("ranks", lambda: self.config.ranks), self._relaxed(self.head_alpha[None])
         within = torch.arange(self.head_in.shape[1], device=hidden.device) < ranks[:, None]
         return (hidden @ self.head_in * (weights.values[0] @ within.to(hidden.dtype))) @ self.head_out
 
@@ -203,7 +219,7 @@ class PrefixGenerator(Prefix):
 
     def log_gates(self) -> Tensor:
         """`log sigmoid(beta) + log sigmoid(gamma) + s`, `[L, P]`, as attention gets them."""
-        total = self.seed.new_zeros(self.kept.shape)
+        total = self.seed.new_zeros(self.kept.shape, dtype=self._precise)
         if self._gates_count():
             tokens, layers = self.gate_logits()
             for logits in (tokens, None if layers is None else layers[:, None]):
@@ -221,7 +237,7 @@ class PrefixGenerator(Prefix):
         return self.searching or (self.config.gate_after == "keep" and self.config.gate_relaxation == "sigmoid")
 
     def _widths(self) -> Tensor:
-        return torch.tensor([slot.width for slot in self.slots], dtype=self.seed.dtype, device=self.seed.device)
+        return self.constant("widths", lambda: [slot.width for slot in self.slots])
 
     def forward(self, present: Sequence[int] | None) -> list[LayerPrefix | None]:
         """Keys, values and gates of every layer, from one run of the generator."""
@@ -232,12 +248,12 @@ class PrefixGenerator(Prefix):
         layers: list[LayerPrefix | None] = []
         for layer, (block, slot) in enumerate(zip(torch.split(flat, self.columns, 1), self.slots, strict=True)):
             tokens = kept[layer]
-            if not tokens:
+            if not len(tokens):
                 layers.append(None)
                 continue
             gate = None if log_gates is None else log_gates[layer]
             if len(tokens) < block.shape[0]:
-                block, gate = block[tokens], None if gate is None else gate[tokens]
+                block, gate = block.index_select(0, tokens), None if gate is None else gate.index_select(0, tokens)
             # [P, 2 H D] -> [2, 1, H, P, D]
             both = block.view(-1, 2, slot.num_heads, slot.head_dim).permute(1, 2, 0, 3).unsqueeze(1)
             layers.append(LayerPrefix(both[0], both[1], gate))
@@ -275,6 +291,9 @@ class PrefixGenerator(Prefix):
         self.choice.copy_(self.alpha.argmax(-1))
         if self.head_alpha is not None:
             self.head_choice.copy_(self.head_alpha.argmax())
+        for parameter in self.architecture_parameters():
+            # Of zero, not of none, an optimiser with momentum would still move what has been decided.
+            parameter.grad = None
         self._derived = None
 
     def architecture(self) -> Architecture:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,26 +36,24 @@ def undecided(generator: PrefixGenerator) -> Tensor:
 def expected_parameters(generator: PrefixGenerator) -> Tensor:
     """`Par`: of the whole generator, as its choices stand."""
     config, p, h = generator.config, generator.config.num_seeds, generator.config.width
-    cells = [operation_parameters(name, p, h) for name in config.operations]
-    heads = [config.head_parameters(generator.shape, rank) for rank in config.ranks]
-    weights, ranks = generator.cell_weights(), generator.rank_weights()
-    return config.fixed_parameters() + (weights @ weights.new_tensor(cells)).sum() + ranks @ ranks.new_tensor(heads)
+    cells = generator.constant("parameters", lambda: [operation_parameters(name, p, h) for name in config.operations])
+    heads = generator.constant("heads", lambda: [config.head_parameters(generator.shape, q) for q in config.ranks])
+    return config.fixed_parameters() + (generator.cell_weights() @ cells).sum() + generator.rank_weights() @ heads
 
 
 def expected_time(generator: PrefixGenerator) -> Tensor:
     """`Time` of one run of the cells, as their choices stand: millions of multiply-adds, or as the user measured it."""
-    config, weights = generator.config, generator.cell_weights()
-    times: Sequence[float] | None = config.operation_times
-    if times is None:
-        p, h = config.num_seeds, config.width
-        times = [operation_multiply_adds(name, p, h) / 1e6 for name in config.operations]
-    return (weights @ weights.new_tensor(times)).sum()
+    config, p, h = generator.config, generator.config.num_seeds, generator.config.width
+    times = generator.constant(
+        "times", lambda: config.operation_times or [operation_multiply_adds(o, p, h) / 1e6 for o in config.operations]
+    )
+    return (generator.cell_weights() @ times).sum()
 
 
 def penalties(generator: PrefixGenerator) -> dict[str, Tensor]:
     """Weighted terms of an open search, by name; only those that some searched parameter can lower."""
     config = generator.config
-    ramp = (2 * generator.progress - 1).clamp(0, 1).to(generator.seed.dtype)
+    ramp = (2 * generator.progress - 1).clamp(0, 1)
     terms = {"entropy": config.entropy_weight * ramp * undecided(generator)}
     if (config.search_tokens or config.search_layers) and not config.exact_budget:
         terms["cost"] = config.cost_weight * torch.relu(generator.expected_cost() - 1)
@@ -93,10 +90,10 @@ def traces(generator: PrefixGenerator) -> dict[str, float]:
     }
     if generator.head_alpha is not None:
         ranks = generator.rank_weights()
-        found["rank"] = ranks @ ranks.new_tensor(generator.config.ranks) / ranks.sum()
+        found["rank"] = ranks @ generator.constant("ranks", lambda: generator.config.ranks) / ranks.sum()
     if generator.strength is not None:
         found["strength"] = generator.strength.mean()
     found |= {f"tokens/{layer}": row.sum() for layer, row in enumerate(gates)}
     found |= {f"leading/{c}": row.max() for c, row in enumerate(weights)}
     # One transfer from the device, not one for each.
-    return dict(zip(found, torch.stack([value.double() for value in found.values()]).tolist(), strict=True))
+    return dict(zip(found, torch.stack([value.float() for value in found.values()]).tolist(), strict=True))

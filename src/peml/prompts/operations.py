@@ -284,9 +284,12 @@ def measured_seconds(names: Sequence[str], num_tokens: int, width: int, device: 
     """Median seconds of a forward and backward pass of each operation, after one that does not count."""
     seconds = {}
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        hidden = torch.randn(num_tokens, width, device=device, requires_grad=True)
+        # Drawn on the CPU, whose generator alone is put back.
+        hidden = torch.randn(num_tokens, width).to(device).requires_grad_()
         for name in names:
             operation = OPERATIONS[name](num_tokens, width).to(device)
-            timer = Timer("operation(hidden).sum().backward()", globals={"operation": operation, "hidden": hidden})
+            # The input is added because `none` has no backward pass of its own.
+            run = "(hidden + operation(hidden)).sum().backward()"
+            timer = Timer(run, globals={"operation": operation, "hidden": hidden})
             seconds[name] = float(timer.blocked_autorange(min_run_time=0.02).median)
     return seconds

@@ -128,6 +128,11 @@ class PrefixNAS(PromptConfig):
         if isinstance(given, Mapping):
             object.__setattr__(self, "architecture", Architecture.from_dict(given, "prompt.architecture"))
         if (found := self.found) is not None:
+            if not found.derived:
+                raise PemlError(
+                    "prompt.architecture is that of a search that is not over, which has chosen nothing yet: finish "
+                    "it, or call derive() of its prompt, and save the architecture again"
+                )
             object.__setattr__(self, "num_cells", len(found.operations))
             for name in ("num_virtual_tokens", "width", "embedding_dim", "head_rank"):
                 object.__setattr__(self, name, getattr(found, name))
@@ -218,10 +223,13 @@ class PrefixNAS(PromptConfig):
         """Deployed numbers that cost nothing."""
         width = sum(slot.width for slot in shape.slots)
         if self.budget_mb is not None:
-            return self.budget_mb * 1e6 / BYTES
-        if self.budget_percent is not None:
-            return self.budget_percent / 100 * self.budget_context * width
-        return (DEFAULT_BUDGET if self.budget_tokens is None else self.budget_tokens) * width
+            numbers = self.budget_mb * 1e6 / BYTES
+        elif self.budget_percent is not None:
+            numbers = self.budget_percent / 100 * self.budget_context * width
+        else:
+            numbers = (DEFAULT_BUDGET if self.budget_tokens is None else self.budget_tokens) * width
+        # Rounding errors of 0.7 % of 1000 must not cost the last of 7 tokens.
+        return float(f"{numbers:.12g}")
 
     def columns(self, shape: ModelShape) -> list[int]:
         """Numbers that the head makes for a token of each layer: of layers without tokens none."""
