@@ -33,6 +33,7 @@ class PrefixNAS(PromptConfig):
     LoRA (Algorithm 1). Operations, widths, lengths, head, regularisers and rates are our reconstruction.
     Our choice: gates say alone what is deployed, and begin open; the strength s, trained with the weights and never
     searched, makes the near-identity start: at -log P - c the whole prefix weighs as much as e^-c tokens.
+    A loop without peml's trainers leads the search itself, see docs/search.md.
 
     Args:
         num_virtual_tokens: P, the most tokens a layer can keep.
