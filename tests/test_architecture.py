@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import peml
 from models import adapt, shake, tiny, tokens
 from peml import PemlError, PrefixNAS
+from peml.export import to_peft_prompt
 from peml.inspection import inspect_folder
 from peml.prompts import Architecture, AttentionSlot, ModelShape
 from peml.training import load_recipe, open_run, train
@@ -192,6 +193,28 @@ def test_it_is_stored_with_the_adapter(tmp_path: Path) -> None:
     seen = inspect_folder(tmp_path)
     assert seen.architecture == found and "architecture" not in seen.parameters
     assert not any("alpha" in key or "gate" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "units"),
+    [
+        ({}, False), ({"gate_after": "unit"}, True), ({"gate_relaxation": "straight_through"}, True),
+        ({"search_layers": False}, False), ({"search_tokens": False}, False), ({"architecture": "random:1"}, True),
+        ({"search_tokens": False, "search_layers": False}, True), ({"gate_after": "unit", "gate_init": 2.0}, False),
+    ],
+)  # fmt: skip
+def test_inspection_and_model_agree_on_what_stock_peft_can_hold(changes: dict, units: bool, tmp_path: Path) -> None:
+    settings = {"gate_init": None, "gate_threshold": 0.0, "budget_tokens": 5.0} | changes
+    model = adapt(tiny().float(), prompt=dataclasses.replace(SMALL, **settings), shaken=False, task_type="CAUSAL_LM")
+    model.base_model.prompt.derive()
+    model.save_pretrained(tmp_path / "adapter")
+    target = next(t for t in inspect_folder(tmp_path / "adapter").targets if t.name.startswith("stock prefix"))
+    assert target.possible == units, target.remark
+    if units:
+        to_peft_prompt(model, tmp_path / "stock")
+    else:
+        with pytest.raises(PemlError, match="the prefix has gates"):
+            to_peft_prompt(model, tmp_path / "stock")
 
 
 # Random ones

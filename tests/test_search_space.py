@@ -111,6 +111,23 @@ def test_gates_are_drawn_with_their_probability_in_training_alone() -> None:
     assert all(layer is None or layer.log_gate is None for layer in prompt(None)), "those that remain are 1"
 
 
+def test_the_gradient_of_a_drawn_gate_is_its_formula() -> None:
+    """Of a logistic step of temperature tau, over what the token weighs now."""
+    beta = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    tau, probe = torch.tensor(0.3, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    torch.manual_seed(7)
+    log = relaxation.log_gate("straight_through", beta, tau, draw=True)
+    torch.manual_seed(7)
+    first, second = (-torch.empty_like(beta).exponential_().log() for _ in range(2))
+    moved = (beta + first - second).detach()
+    weight = torch.full_like(moved, 1e-9).masked_fill(moved > 0, 1.0)
+    assert 0 < (moved > 0).sum() < 15
+    torch.testing.assert_close(log, weight.log())
+    step = torch.sigmoid(moved / tau)
+    found = torch.autograd.grad((log * probe).sum(), beta)[0]
+    torch.testing.assert_close(found, probe * step * (1 - step) / tau / weight)
+
+
 # Collapse to skip
 
 

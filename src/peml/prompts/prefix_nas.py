@@ -214,6 +214,12 @@ class PrefixNAS(PromptConfig):
             return 0.0
         return 0.5 if self.gate_threshold is None else self.gate_threshold
 
+    @property
+    def deploys_gates(self) -> bool:
+        """Whether tokens that remain keep the gates of their search; drawn ones are 1, once those of 0 are deleted."""
+        searched = self.found is None and (self.search_tokens or self.search_layers)
+        return searched and self.gate_after == "keep" and self.gate_relaxation == "sigmoid"
+
     def lengths_allowed(self) -> tuple[int, ...]:
         """Lengths that a search can end with in a layer."""
         if self.search_tokens:
