@@ -71,6 +71,24 @@ def test_draws_have_the_probabilities_of_a_softmax() -> None:
     torch.testing.assert_close(found, wanted)
 
 
+def test_the_gradient_of_a_drawn_operation_is_its_formula() -> None:
+    """What the cell gives is the operation that was drawn; alpha feels it through its noisy softmax."""
+    prompt = generator(relaxation="gumbel", num_cells=1).train()
+    entered = (prompt.seed @ prompt.into).detach()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        found = prompt.hidden()
+        torch.manual_seed(seed)
+        noise = -torch.empty(1, 9, dtype=torch.float64).exponential_().log()
+        soft = torch.softmax(torch.log_softmax(prompt.alpha, -1) + noise, -1)[0]
+        drawn = int(soft.argmax())
+        alone = prompt.cells[0][drawn](entered).detach()
+        torch.testing.assert_close(found, alone, rtol=1e-12, atol=1e-14)
+        left, right = (torch.autograd.grad(probe_loss(x), prompt.alpha)[0] for x in (found, soft[drawn] * alone))
+        assert left.any()
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-12)
+
+
 def test_noise_that_is_not_finite_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([0.0, math.inf, 1.0])
     monkeypatch.setattr(Tensor, "exponential_", lambda self: self.fill_(next(values)))
