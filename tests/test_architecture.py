@@ -135,6 +135,8 @@ def test_another_depth_takes_the_layers_at_its_relative_depth() -> None:
     assert found.resampled(2).tokens == ((1,), (3,)) and found.resampled(2).gates == (gates[1], gates[3])
     only = dataclasses.replace(found, tokens=((4,), (), (), ()))
     assert only.resampled(2).tokens == ((4,), ())  # at the middles of halves there is nothing
+    skipped = dataclasses.replace(found, tokens=((0,), (), (1, 2), (), (3,)), gates=())
+    assert skipped.resampled(2).tokens == ((), (1, 2)), "the longest, to the layer at its relative depth"
 
 
 def test_other_heads_and_depths_are_accepted() -> None:
@@ -235,6 +237,24 @@ def test_random_architectures_use_up_the_budget_uniformly() -> None:
     assert {found.operations[0] for found in drawn} == set(config.operations)
     assert {found.head_rank for found in drawn} == {2, 3}
     assert drawn[5] == Architecture.random(config, SHAPE, 5) and drawn[5].origin == {"random": 5}
+
+
+def test_lengths_are_uniform_as_a_whole_not_layer_by_layer() -> None:
+    """Three tokens for three layers of up to two: seven ways, of which a first layer of one token begins three."""
+    config = dataclasses.replace(SMALL, num_virtual_tokens=2, budget_tokens=1.0)
+    shape = ModelShape((AttentionSlot(1, 1),) * 3, 24)
+    counts = Counter(Architecture.random(config, shape, seed).lengths for seed in range(2100))
+    assert len(counts) == 7 and max(counts.values()) < 1.3 * min(counts.values())
+
+
+def test_an_open_search_says_what_leads() -> None:
+    prompt = dataclasses.replace(SMALL, head_rank=(2, 3, 4)).build(SHAPE, 1)
+    with torch.no_grad():
+        prompt.alpha[0, 3], prompt.alpha[1, 5], prompt.head_alpha[1] = 1.0, 1.0, 1.0
+    found = prompt.architecture()
+    assert found.operations == (SMALL.operations[3], SMALL.operations[5]) and found.head_rank == 3
+    prompt.derive()
+    assert (prompt.architecture().operations, prompt.architecture().head_rank) == (found.operations, 3)
 
 
 @pytest.mark.parametrize(
