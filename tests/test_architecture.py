@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import peml
 from models import adapt, shake, tiny, tokens
 from peml import PemlError, PrefixNAS
+from peml.export import to_peft_prompt
 from peml.inspection import inspect_folder
 from peml.prompts import Architecture, AttentionSlot, ModelShape
 from peml.training import load_recipe, open_run, train
@@ -135,6 +136,8 @@ def test_another_depth_takes_the_layers_at_its_relative_depth() -> None:
     assert found.resampled(2).tokens == ((1,), (3,)) and found.resampled(2).gates == (gates[1], gates[3])
     only = dataclasses.replace(found, tokens=((4,), (), (), ()))
     assert only.resampled(2).tokens == ((4,), ())  # at the middles of halves there is nothing
+    skipped = dataclasses.replace(found, tokens=((0,), (), (1, 2), (), (3,)), gates=())
+    assert skipped.resampled(2).tokens == ((), (1, 2)), "the longest, to the layer at its relative depth"
 
 
 def test_other_heads_and_depths_are_accepted() -> None:
@@ -195,6 +198,28 @@ def test_it_is_stored_with_the_adapter(tmp_path: Path) -> None:
     assert not any("alpha" in key or "gate" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "units"),
+    [
+        ({}, False), ({"gate_after": "unit"}, True), ({"gate_relaxation": "straight_through"}, True),
+        ({"search_layers": False}, False), ({"search_tokens": False}, False), ({"architecture": "random:1"}, True),
+        ({"search_tokens": False, "search_layers": False}, True), ({"gate_after": "unit", "gate_init": 2.0}, False),
+    ],
+)  # fmt: skip
+def test_inspection_and_model_agree_on_what_stock_peft_can_hold(changes: dict, units: bool, tmp_path: Path) -> None:
+    settings = {"gate_init": None, "gate_threshold": 0.0, "budget_tokens": 5.0} | changes
+    model = adapt(tiny().float(), prompt=dataclasses.replace(SMALL, **settings), shaken=False, task_type="CAUSAL_LM")
+    model.base_model.prompt.derive()
+    model.save_pretrained(tmp_path / "adapter")
+    target = next(t for t in inspect_folder(tmp_path / "adapter").targets if t.name.startswith("stock prefix"))
+    assert target.possible == units, target.remark
+    if units:
+        to_peft_prompt(model, tmp_path / "stock")
+    else:
+        with pytest.raises(PemlError, match="the prefix has gates"):
+            to_peft_prompt(model, tmp_path / "stock")
+
+
 # Random ones
 
 
@@ -214,6 +239,24 @@ def test_random_architectures_use_up_the_budget_uniformly(slots: tuple, tokens: 
     assert {found.operations[0] for found in drawn} == set(config.operations)
     assert {found.head_rank for found in drawn} == {2, 3}
     assert drawn[5] == Architecture.random(config, ModelShape(slots, 24), 5) and drawn[5].origin == {"random": 5}
+
+
+def test_lengths_are_uniform_as_a_whole_not_layer_by_layer() -> None:
+    """Three tokens for three layers of up to two: seven ways, of which a first layer of one token begins three."""
+    config = dataclasses.replace(SMALL, num_virtual_tokens=2, budget_tokens=1.0)
+    shape = ModelShape((AttentionSlot(1, 1),) * 3, 24)
+    counts = Counter(Architecture.random(config, shape, seed).lengths for seed in range(2100))
+    assert len(counts) == 7 and max(counts.values()) < 1.3 * min(counts.values())
+
+
+def test_an_open_search_says_what_leads() -> None:
+    prompt = dataclasses.replace(SMALL, head_rank=(2, 3, 4)).build(SHAPE, 1)
+    with torch.no_grad():
+        prompt.alpha[0, 3], prompt.alpha[1, 5], prompt.head_alpha[1] = 1.0, 1.0, 1.0
+    found = prompt.architecture()
+    assert found.operations == (SMALL.operations[3], SMALL.operations[5]) and found.head_rank == 3
+    prompt.derive()
+    assert (prompt.architecture().operations, prompt.architecture().head_rank) == (found.operations, 3)
 
 
 @pytest.mark.parametrize(

@@ -363,11 +363,25 @@ def test_lengths_that_are_not_searched_stay_whole(layers: bool, lengths: tuple[i
     assert prompt.architecture().lengths == lengths
 
 
+@pytest.mark.parametrize("tokens", [True, False])
+def test_one_stays_though_every_gate_is_closed(tokens: bool) -> None:
+    """The one most wanted, in spite of threshold and budget: a layer as a whole where layers go as a whole."""
+    prompt = generator(shaken=False, search_tokens=tokens, budget_tokens=0.1)
+    with torch.no_grad():
+        prompt.layer_gate.copy_(torch.tensor([-3.0, -1.0, -2.0]))
+        if tokens:
+            prompt.token_gate.fill_(-1.0)[1, 2] = -0.5
+    prompt.derive()
+    assert prompt.architecture().tokens == ((), (2,) if tokens else tuple(range(5)), ())
+
+
 def test_a_closed_layer_goes_as_a_whole() -> None:
     prompt = generator(budget_tokens=5.0)
     with torch.no_grad():
         prompt.layer_gate[1] = -0.1  # below 0.5, with every token of it open
+        prompt.token_gate[0, 0] = 0.0  # a gate of 0.5 is not below it
     prompt.derive()
+    assert 0 in prompt.architecture().tokens[0]
     assert prompt.architecture().lengths[1] == 0 and prompt(None)[1] is None
 
 

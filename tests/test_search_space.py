@@ -71,6 +71,24 @@ def test_draws_have_the_probabilities_of_a_softmax() -> None:
     torch.testing.assert_close(found, wanted)
 
 
+def test_the_gradient_of_a_drawn_operation_is_its_formula() -> None:
+    """What the cell gives is the operation that was drawn; alpha feels it through its noisy softmax."""
+    prompt = generator(relaxation="gumbel", num_cells=1).train()
+    entered = (prompt.seed @ prompt.into).detach()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        found = prompt.hidden()
+        torch.manual_seed(seed)
+        noise = -torch.empty(1, 9, dtype=torch.float64).exponential_().log()
+        soft = torch.softmax(torch.log_softmax(prompt.alpha, -1) + noise, -1)[0]
+        drawn = int(soft.argmax())
+        alone = prompt.cells[0][drawn](entered).detach()
+        torch.testing.assert_close(found, alone, rtol=1e-12, atol=1e-14)
+        left, right = (torch.autograd.grad(probe_loss(x), prompt.alpha)[0] for x in (found, soft[drawn] * alone))
+        assert left.any()
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-12)
+
+
 def test_noise_that_is_not_finite_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([0.0, math.inf, 1.0])
     monkeypatch.setattr(Tensor, "exponential_", lambda self: self.fill_(next(values)))
@@ -109,6 +127,23 @@ def test_gates_are_drawn_with_their_probability_in_training_alone() -> None:
     torch.testing.assert_close(drawn.mean(0), torch.sigmoid(prompt.token_gate.detach()), rtol=0, atol=0.04)
     prompt.derive()
     assert all(layer is None or layer.log_gate is None for layer in prompt(None)), "those that remain are 1"
+
+
+def test_the_gradient_of_a_drawn_gate_is_its_formula() -> None:
+    """Of a logistic step of temperature tau, over what the token weighs now."""
+    beta = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    tau, probe = torch.tensor(0.3, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    torch.manual_seed(7)
+    log = relaxation.log_gate("straight_through", beta, tau, draw=True)
+    torch.manual_seed(7)
+    first, second = (-torch.empty_like(beta).exponential_().log() for _ in range(2))
+    moved = (beta + first - second).detach()
+    weight = torch.full_like(moved, 1e-9).masked_fill(moved > 0, 1.0)
+    assert 0 < (moved > 0).sum() < 15
+    torch.testing.assert_close(log, weight.log())
+    step = torch.sigmoid(moved / tau)
+    found = torch.autograd.grad((log * probe).sum(), beta)[0]
+    torch.testing.assert_close(found, probe * step * (1 - step) / tau / weight)
 
 
 # Collapse to skip
@@ -229,10 +264,11 @@ def test_an_exact_budget_is_met_and_differentiable(budget: float) -> None:
         assert gradient.any()
 
 
-def test_a_budget_above_everything_opens_all_gates() -> None:
-    beta = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    shift = cost.common_shift(beta, torch.ones(3, dtype=torch.float64), WIDTHS, 1e9)
-    assert torch.sigmoid(beta + shift).min() > 1 - 1e-12
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_budget_above_everything_opens_all_gates(dtype: torch.dtype) -> None:
+    beta = torch.randn(3, 5, dtype=dtype, requires_grad=True)
+    shift = cost.common_shift(beta, torch.ones(3, dtype=dtype), WIDTHS.to(dtype), 1e9)
+    assert torch.sigmoid(beta + shift).min() >= 1 - 1e-12
     assert torch.autograd.grad(shift, beta, allow_unused=True)[0].isfinite().all()
 
 
@@ -376,10 +412,11 @@ def test_a_step_never_waits_for_the_device(relaxation: str, state: str) -> None:
     with Traffic() as traffic:
         step()
     assert traffic.seen == []
-    # What was moved once goes along, in whatever precision.
-    assert prompt.to("meta").expected_cost().device.type == "meta" and prompt._widths().device.type == "meta"
     if state != "search":
         assert any(0 < len(row) < 5 for row in prompt.architecture().tokens), "some tokens are picked"
+    # What was moved once goes along, in whatever precision.
+    assert prompt._widths().dtype == torch.float64 and prompt.float()._widths().dtype == torch.float32
+    assert prompt.to("meta")._widths().device.type == "meta"
 
 
 # The log

@@ -113,8 +113,7 @@ def _architecture(config: PemlConfig, tensors: Any) -> Architecture | None:
 def _unit_gates(config: PemlConfig, tensors: Any) -> bool:
     """Whether no token of the prefix weighs less than an ordinary one."""
     if isinstance(config.prompt, PrefixNAS):
-        unit = config.prompt.gate_after == "unit" or config.prompt.found is not None
-        return unit and config.prompt.gate_init is None
+        return not config.prompt.deploys_gates and config.prompt.gate_init is None
     gates = [key for key in tensors.keys() if key.startswith(f"{_PROMPT}log_gate")]  # noqa: SIM118  (not a mapping)
     return not any(bool(tensors.get_tensor(key).any()) for key in gates)
 

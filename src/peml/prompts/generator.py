@@ -220,7 +220,7 @@ class PrefixGenerator(Prefix):
     def log_gates(self) -> Tensor:
         """`log sigmoid(beta) + log sigmoid(gamma) + s`, `[L, P]`, as attention gets them."""
         total = self.seed.new_zeros(self.kept.shape, dtype=self._precise)
-        if self._gates_count():
+        if self.searching or self.config.deploys_gates:
             tokens, layers = self.gate_logits()
             for logits in (tokens, None if layers is None else layers[:, None]):
                 if logits is not None:
@@ -232,10 +232,6 @@ class PrefixGenerator(Prefix):
         # A closed token is one that softmax rounds away exactly; infinity would turn into NaN in some kernels.
         return total.clamp_min(-1e4)
 
-    def _gates_count(self) -> bool:
-        """Whether gates are other than 1: drawn ones are not, once those of 0 are deleted."""
-        return self.searching or (self.config.gate_after == "keep" and self.config.gate_relaxation == "sigmoid")
-
     def _widths(self) -> Tensor:
         return self.constant("widths", lambda: [slot.width for slot in self.slots])
 
@@ -243,7 +239,7 @@ class PrefixGenerator(Prefix):
         """Keys, values and gates of every layer, from one run of the generator."""
         flat, kept = self.head(self.hidden()), self._structure().kept
         searched = self.token_gate is not None or self.layer_gate is not None
-        gated = self.strength is not None or (searched and self._gates_count())
+        gated = self.strength is not None or (searched and self.searching) or self.config.deploys_gates
         log_gates = self.log_gates() if gated else None
         layers: list[LayerPrefix | None] = []
         for layer, (block, slot) in enumerate(zip(torch.split(flat, self.columns, 1), self.slots, strict=True)):

@@ -33,6 +33,7 @@ class PrefixNAS(PromptConfig):
     LoRA (Algorithm 1). Operations, widths, lengths, head, regularisers and rates are our reconstruction.
     Our choice: gates say alone what is deployed, and begin open; the strength s, trained with the weights and never
     searched, makes the near-identity start: at -log P - c the whole prefix weighs as much as e^-c tokens.
+    A loop without peml's trainers leads the search itself, see docs/search.md.
 
     Args:
         num_virtual_tokens: P, the most tokens a layer can keep.
@@ -212,6 +213,12 @@ class PrefixNAS(PromptConfig):
         if self.exact_budget:
             return 0.0
         return 0.5 if self.gate_threshold is None else self.gate_threshold
+
+    @property
+    def deploys_gates(self) -> bool:
+        """Whether tokens that remain keep the gates of their search; drawn ones are 1, once those of 0 are deleted."""
+        searched = self.found is None and (self.search_tokens or self.search_layers)
+        return searched and self.gate_after == "keep" and self.gate_relaxation == "sigmoid"
 
     def lengths_allowed(self) -> tuple[int, ...]:
         """Lengths that a search can end with in a layer."""
