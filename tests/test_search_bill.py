@@ -179,6 +179,27 @@ def test_a_training_that_costs_nothing_has_shares(tmp_path: Path) -> None:
     assert bill["training"]["share"] == 0 and "training 0 s" in bill_line(bill)
 
 
+def test_memory_is_counted_from_the_beginning_of_the_training(tmp_path: Path) -> None:
+    import peml.training.run as running
+
+    calls: list[Any] = []
+    step = MultiTaskTrainer.training_step
+
+    def peak(reset: bool = False) -> int:
+        calls.append(reset)
+        return 1
+
+    def spy(self: MultiTaskTrainer, *args: Any, **kwargs: Any) -> Any:
+        calls.append("step")
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "peak_memory", peak)
+        patch.setattr(MultiTaskTrainer, "training_step", spy)
+        run(tmp_path, "run", "joint", method="lora", set={}, train={"max_steps": 2})
+    assert calls == [True, "step", "step"]
+
+
 def test_every_run_has_a_bill_and_the_command_line_shows_it(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
@@ -268,6 +289,7 @@ def test_one_answer_for_every_row_is_what_a_task_has_to_beat(tmp_path: Path) -> 
         "color": pytest.approx(sum(row["color"] == "red" for row in held_out) / 20),
     }
     assert collapsed(found, {"size": {"score": found["size"]}, "color": {"score": found["color"] + 0.01}}) == ["size"]
+    assert collapsed({"size": 1.0}, {"size": {"score": 1.0}}) == [], "nothing is better than always right"
     assert majority_scores(bench) == {}, "without training rows nothing can be said"
 
 

@@ -38,7 +38,8 @@ def sequential(
 
     Paper: the ablation of PEML, arXiv:2605.14055, "parallel beats sequential"; how it was done is not known. Our
     choice: the second axis is not there yet in the first stage; each stage has a whole schedule of learning rates; a
-    search and its end are part of the prompt's stage, `finetune_fraction` is of its steps; heads train in both.
+    search and its end are part of the prompt's stage, `finetune_fraction` is of its steps; heads train in both; the
+    second stage goes on behind the rows of the first, so that both together see those of a joint training.
 
     Args:
         recipe: whose regime says the order, and the first axis's share of the steps.
@@ -76,6 +77,7 @@ def sequential(
                     fresh=[],
                     train=lengths[1],
                     frozen=FROZEN[first],
+                    behind=earlier,
                 ),
             ),
         }
