@@ -236,6 +236,7 @@ def test_trials_are_trained_and_the_best_is_a_recipe(tmp_path: Path) -> None:
     assert trials[0]["values"] == {"train.learning_rate": 1e-2, "adapter.r": 2}, "the recipe as it stands"
     best = max((t for t in trials if t["state"] == "complete"), key=lambda t: t["value"])
     assert trials[record["best"]]["value"] == best["value"]
+    assert len(trials[0]["measured"]) == measurements(trial_recipe(module.with_section(load_recipe(path)), {})) == 5
     for number in (0, record["best"]):
         run = folder.trial(number)
         metrics = run.read_metrics()
@@ -263,6 +264,25 @@ def test_trials_are_trained_and_the_best_is_a_recipe(tmp_path: Path) -> None:
     assert "tuned:" in run.recipe.read_text()
     with pytest.raises(PemlError, match="already holds files"):
         tune(path, tmp_path / "out")
+
+
+def test_a_run_that_grows_is_tuned_on_the_rows_that_it_trains_on(
+    tmp_path: Path, quick: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Any] = []
+    original = module.prepare
+
+    def spy(own: Recipe, **settings: Any) -> Workbench:
+        trained.append(settings["trained"])
+        return original(own, **settings)
+
+    monkeypatch.setattr(module, "prepare", spy)
+    quick(near(1e-2))
+    grow = {"name": "grow", "run": "earlier", "tasks": ["color"]}
+    for freeze, wanted in (("shared", ["color"]), ("none", ["size", "color"])):
+        path = write_recipe(tmp_path, regime=grow | {"freeze": freeze}, tune={"held_out": 12, "ranges": RANGES})
+        tune(path, tmp_path / freeze, trials=1)
+        assert trained.pop() == wanted
 
 
 def test_weights_are_kept_when_asked_for_and_a_tuning_is_overwritten(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from peml.tasks import Task
 from peml.training.data import TaskRows
 from peml.training.ranges import Tune
 from peml.training.recipe import Recipe, load_recipe
+from peml.training.regime import Grow
 from peml.training.run import attach
 from peml.training.streaming import training_rows
 from peml.training.workbench import Workbench, load_base, prepare
@@ -97,7 +98,10 @@ def _tried_out(recipe: Recipe) -> tuple[Workbench, dict[str, Any]]:
     """Rows and model of the recipe as it stands, and a fingerprint of the rows: what is wrong with it is said now."""
     own = trial_recipe(recipe, {})
     measurements(own)
-    bench = prepare(own)
+    how = own.how
+    bench = prepare(
+        own, trained=how.trained([task.name for task in own.build_tasks()]) if isinstance(how, Grow) else None
+    )
     rows = training_rows(bench)
     bench.check()
     attach(bench.model, bench.config())
