@@ -114,6 +114,16 @@ def test_both_stages_together_see_the_rows_of_a_joint_training(
     assert len({str(step) for step in whole}) > 8, "the rows tell steps apart"
 
 
+def test_rows_that_will_not_do_for_both_stages_are_refused_before_the_first(tmp_path: Path) -> None:
+    for train in ({"max_steps": 10}, {"num_train_epochs": 1.5}):
+        data = recipe(tmp_path, regime="sequential", mixing={"epochs": 0.5})
+        whole = Recipe.model_validate(data | {"train": {"per_device_train_batch_size": 8, **train}})
+        write_model(tmp_path / "model")
+        with pytest.raises(PemlError, match="mixing.epochs lets the tasks give 60 rows in all, and the training draws"):
+            peml.train(whole, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("dies_at", [3, 8])
 def test_it_is_resumed_in_either_stage(tmp_path: Path, dies_at: int) -> None:
     class Killed(BaseException):
