@@ -253,6 +253,34 @@ def test_rows_of_the_architecture_are_not_those_of_the_weights_until_the_search_
     assert len(drawn) == 36
 
 
+def test_the_two_kinds_of_rows_come_in_orders_of_their_own(tmp_path: Path) -> None:
+    one = trainer(tmp_path, Alternate(), data=TaskRows(rows(30)), max_steps=20)
+    tasks = one.train_dataset.row_tasks
+    orders = [[tasks[i] for i in order] for order in (one.architect.order, list(one._get_train_sampler())[:72])]
+    assert orders[0] != orders[1] and [sum(own) for own in orders] == [36, 36]
+
+
+@pytest.mark.parametrize("most", [0.0, 0.05])
+def test_a_step_of_the_architecture_is_one_of_adam_behind_its_clipping(tmp_path: Path, most: float) -> None:
+    one = trainer(tmp_path, Alternate(max_grad_norm=most, weight_decay=0.1))
+    one.create_optimizer_and_scheduler(10)
+    one.schedule.progress = 0.8
+    one.tuner.prompt.set_progress(0.8)
+    begins = [p.detach().clone() for p in one.architect.parameters]
+    slopes = [slope.clone() for slope in one.architect.gradient(3)]
+    length = float(torch.cat([slope.flatten() for slope in slopes]).norm())
+    assert length > 0.06
+    scale = most / (length + 1e-6) if most else 1.0
+    one.state.global_step = 3
+    one.architect.on_step_begin(one.args, one.state, one.control)
+    for p, old, slope in zip(one.architect.parameters, begins, slopes, strict=True):
+        whole = scale * slope + 0.1 * old
+        # Adam's first step: both averages, freed of their bias, are those of this gradient alone.
+        torch.testing.assert_close(p.detach(), old - 0.01 * whole / (whole.abs() + 1e-8), rtol=1e-9, atol=1e-12)
+        assert p.grad is None
+    assert {float(own["step"]) for own in one.architect.optimizer.state.values()} == {1.0}
+
+
 def test_halves_keep_a_row_on_either_side() -> None:
     tasks = [0] * 10 + [1] * 2
     for share in (0.01, 0.5, 0.99):

@@ -81,6 +81,49 @@ def test_both_stages_together_make_the_steps_of_a_joint_training(tmp_path: Path)
         lengths(0.5, max_steps=1)
 
 
+@pytest.mark.parametrize(
+    ("how", "changes", "size"),
+    [
+        ({"split": 0.5}, {}, 4),
+        # An epoch has 6 steps: the second stage begins in one, and goes on into the next.
+        ({"split": 0.4}, {}, 20),
+        ({"split": 0.7}, {}, 20),
+        ({"split": 0.5}, {"mixing": {"epochs": 1.0}}, 8),
+    ],
+)
+def test_both_stages_together_see_the_rows_of_a_joint_training(
+    tmp_path: Path, how: dict[str, Any], changes: dict[str, Any], size: int
+) -> None:
+    import peml.training.trainer as training
+
+    def drawn(name: str, how: Any) -> list[list[int]]:
+        steps: list[list[int]] = []
+        original = training.MultiTaskTrainer.training_step
+
+        def spy(self: Any, model: Any, inputs: Any, *args: Any) -> Any:
+            steps.append(sorted(inputs["input_ids"].flatten().tolist() + inputs["tasks"]))
+            return original(self, model, inputs, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training.MultiTaskTrainer, "training_step", spy)
+            run(tmp_path, name, how, train={"per_device_train_batch_size": size, "measure_gap": False}, **changes)
+        return steps
+
+    whole = drawn("joint", "joint")
+    assert whole == drawn("sequential", {"name": "sequential", **how}) and len(whole) == 10
+    assert len({str(step) for step in whole}) > 8, "the rows tell steps apart"
+
+
+def test_rows_that_will_not_do_for_both_stages_are_refused_before_the_first(tmp_path: Path) -> None:
+    for train in ({"max_steps": 10}, {"num_train_epochs": 1.5}):
+        data = recipe(tmp_path, regime="sequential", mixing={"epochs": 0.5})
+        whole = Recipe.model_validate(data | {"train": {"per_device_train_batch_size": 8, **train}})
+        write_model(tmp_path / "model")
+        with pytest.raises(PemlError, match="mixing.epochs lets the tasks give 60 rows in all, and the training draws"):
+            peml.train(whole, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("dies_at", [3, 8])
 def test_it_is_resumed_in_either_stage(tmp_path: Path, dies_at: int) -> None:
     class Killed(BaseException):

@@ -14,12 +14,14 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 import peml
+from peml import PemlError
 from peml.prompts import Architecture
 from peml.training import MultiTaskTrainer, RunFolder
 from peml.training.bill import bill_line, bill_of, search_bill
+from peml.training.collapse import _constant as constant_answers
 from peml.training.collapse import collapsed, majority_scores
 from peml.training.recipe import Recipe
-from peml.training.search import gap_of, steps_of_search
+from peml.training.search import SearchSchedule, gap_of, steps_of_search
 from test_regimes_search import run, weights
 from workshop import recipe, rows, write_rows
 
@@ -65,6 +67,12 @@ def test_names_with_slashes_are_told_apart() -> None:
     gap = gap_of(record, ["a/b"])
     assert gap is not None and gap["before"]["tasks"] == {"a/b": {"score": 0.5, "f1/group": 0.1}}
     assert gap_of({"derive/step": 3.0}, ["a"]) is None
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_a_search_without_steps_is_refused(share: float) -> None:
+    with pytest.raises(PemlError, match=f"finetune_fraction must be 0 or more and below 1, not {share}"):
+        SearchSchedule(None, share)  # type: ignore[arg-type]
 
 
 def test_it_need_not_be_measured_and_nothing_need_follow(tmp_path: Path) -> None:
@@ -179,6 +187,27 @@ def test_a_training_that_costs_nothing_has_shares(tmp_path: Path) -> None:
     assert bill["training"]["share"] == 0 and "training 0 s" in bill_line(bill)
 
 
+def test_memory_is_counted_from_the_beginning_of_the_training(tmp_path: Path) -> None:
+    import peml.training.run as running
+
+    calls: list[Any] = []
+    step = MultiTaskTrainer.training_step
+
+    def peak(reset: bool = False) -> int:
+        calls.append(reset)
+        return 1
+
+    def spy(self: MultiTaskTrainer, *args: Any, **kwargs: Any) -> Any:
+        calls.append("step")
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "peak_memory", peak)
+        patch.setattr(MultiTaskTrainer, "training_step", spy)
+        run(tmp_path, "run", "joint", method="lora", set={}, train={"max_steps": 2})
+    assert calls == [True, "step", "step"]
+
+
 def test_every_run_has_a_bill_and_the_command_line_shows_it(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
@@ -268,7 +297,25 @@ def test_one_answer_for_every_row_is_what_a_task_has_to_beat(tmp_path: Path) -> 
         "color": pytest.approx(sum(row["color"] == "red" for row in held_out) / 20),
     }
     assert collapsed(found, {"size": {"score": found["size"]}, "color": {"score": found["color"] + 0.01}}) == ["size"]
+    assert collapsed({"size": 1.0}, {"size": {"score": 1.0}}) == [], "nothing is better than always right"
     assert majority_scores(bench) == {}, "without training rows nothing can be said"
+
+
+def test_the_constant_answer_of_values_and_of_options_of_ones_own() -> None:
+    from peml.tasks import Example, FileSource, Task
+
+    source = FileSource(train="none.jsonl")
+    values = Task(name="v", kind="regress", source=source, prompt="p", answer="a")
+
+    def row(answer: str, choices: tuple[str, ...] = (), value: float | None = None) -> Example:
+        return Example("t", "p", answer, choices, "here", value=value)
+
+    assert (
+        constant_answers(values, [row("1", value=1.0), row("4", value=4.0)], [row("0", value=0.0)] * 2) == ["2.5"] * 2
+    )
+    chosen = Task(name="c", kind="choose", source=source, prompt="p", answer="a", choices="options")
+    train = [row("b", ("a", "b")), row("d", ("c", "d")), row("a", ("a", "b"))]
+    assert constant_answers(chosen, train, [row("x", ("x", "y")), row("x", ("x",))]) == ["y", "x"]
 
 
 def test_a_run_says_which_tasks_have_collapsed(tmp_path: Path) -> None:

@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 import yaml
 
+import peml
 import peml.tuning.summary as summary
 import peml.tuning.trials as module
 from peml import PemlError
 from peml.methods import METHODS
+from peml.prompts import Architecture
+from peml.prompts.base import AttentionSlot, ModelShape
 from peml.tasks import FileSource, Task
 from peml.training import RunFolder
 from peml.training.recipe import Recipe, load_recipe
@@ -118,6 +121,56 @@ def test_mistakes_are_said_before_the_first_trial(tmp_path: Path, section: dict[
     assert message in str(raised.value) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "changes", "reason"),
+    [
+        ("train.learning_rate", {"method": "prefix"}, "the method has no adapter"),
+        ("train.prompt_learning_rate", {"method": "lora"}, "the method has no prompt"),
+        ("train.task_prompt_learning_rate", {"method": "lora"}, "the method has no prompt"),
+        ("train.architecture_learning_rate", {"method": "lora+prefix"}, "nothing is searched"),
+        ("train.finetune_fraction", {"architecture": "random:1"}, "nothing is searched"),
+        ("prompt.entropy_weight", {"architecture": "random:1"}, "nothing is searched"),
+        ("prompt.width", {"architecture": "found"}, "the architecture that is imported says what it is"),
+    ],
+)
+def test_a_key_that_would_change_nothing_is_refused(
+    tmp_path: Path, key: str, changes: dict[str, Any], reason: str
+) -> None:
+    if changes.get("architecture") == "found":
+        changes = {"architecture": found_architecture()}
+    section = {"ranges": {key: {"low": 0.1, "high": 0.2} if key != "prompt.width" else [8, 16]}}
+    base: dict[str, Any] = {"set": {}} | changes
+    with pytest.raises(ValueError, match=f"tune.ranges.{key} would change nothing: {reason}; leave it out"):
+        Recipe.model_validate(recipe(tmp_path, tune=section, **base))
+    assert key not in default_ranges(Recipe.model_validate(recipe(tmp_path, **base)))
+
+
+def found_architecture() -> dict[str, Any]:
+    shape = ModelShape((AttentionSlot(1, 12),) * 2, 24)
+    return Architecture.random(peml.PrefixNAS(num_virtual_tokens=4), shape, 0).to_dict()
+
+
+def test_sizes_of_a_drawn_architecture_can_be_tuned_and_those_of_a_found_one_cannot(tmp_path: Path) -> None:
+    drawn = default_ranges(Recipe.model_validate(recipe(tmp_path, set={}, architecture="random:1")))
+    assert {"prompt.width", "prompt.num_cells", "prompt.num_virtual_tokens"} <= set(drawn)
+    found = default_ranges(Recipe.model_validate(recipe(tmp_path, set={}, architecture=found_architecture())))
+    assert set(found) == {"train.learning_rate", "train.prompt_learning_rate", "adapter.r"}
+
+
+def test_a_search_on_rows_of_its_own_is_tuned_around_its_own_rate(tmp_path: Path) -> None:
+    base = Recipe.model_validate(recipe(tmp_path, regime="alternate"))
+    wanted = default_ranges(base)["train.architecture_learning_rate"]
+    assert (wanted.low, wanted.high) == (3e-5, 3e-3)  # type: ignore[union-attr]
+    assert own_values(base, {"train.architecture_learning_rate": wanted}) == {"train.architecture_learning_rate": 3e-4}
+
+
+def test_rows_that_a_run_is_measured_on_do_not_choose_its_values(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, held_out=0.2)
+    with pytest.raises(PemlError, match="held_out takes the rows that trials are measured on: leave it out"):
+        tune(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_mistake_of_the_recipe_itself_stops_at_once(tmp_path: Path) -> None:
     path = tuned(tmp_path)
     write_rows(tmp_path / "train.jsonl", [{"text": "big red cat", "big": True}] * 20)
@@ -183,6 +236,7 @@ def test_trials_are_trained_and_the_best_is_a_recipe(tmp_path: Path) -> None:
     assert trials[0]["values"] == {"train.learning_rate": 1e-2, "adapter.r": 2}, "the recipe as it stands"
     best = max((t for t in trials if t["state"] == "complete"), key=lambda t: t["value"])
     assert trials[record["best"]]["value"] == best["value"]
+    assert len(trials[0]["measured"]) == measurements(trial_recipe(module.with_section(load_recipe(path)), {})) == 5
     for number in (0, record["best"]):
         run = folder.trial(number)
         metrics = run.read_metrics()
@@ -210,6 +264,25 @@ def test_trials_are_trained_and_the_best_is_a_recipe(tmp_path: Path) -> None:
     assert "tuned:" in run.recipe.read_text()
     with pytest.raises(PemlError, match="already holds files"):
         tune(path, tmp_path / "out")
+
+
+def test_a_run_that_grows_is_tuned_on_the_rows_that_it_trains_on(
+    tmp_path: Path, quick: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Any] = []
+    original = module.prepare
+
+    def spy(own: Recipe, **settings: Any) -> Workbench:
+        trained.append(settings["trained"])
+        return original(own, **settings)
+
+    monkeypatch.setattr(module, "prepare", spy)
+    quick(near(1e-2))
+    grow = {"name": "grow", "run": "earlier", "tasks": ["color"]}
+    for freeze, wanted in (("shared", ["color"]), ("none", ["size", "color"])):
+        path = write_recipe(tmp_path, regime=grow | {"freeze": freeze}, tune={"held_out": 12, "ranges": RANGES})
+        tune(path, tmp_path / freeze, trials=1)
+        assert trained.pop() == wanted
 
 
 def test_weights_are_kept_when_asked_for_and_a_tuning_is_overwritten(tmp_path: Path) -> None:
@@ -293,6 +366,61 @@ def test_a_metric_of_one_task_and_a_loss_can_be_chosen_by(tmp_path: Path, quick:
     record = folder.read_summary()
     assert record["direction"] == "minimize"
     assert record["trials"][record["best"]]["value"] == min(trial["value"] for trial in record["trials"])
+
+
+def test_a_measurement_that_is_no_number_fails_its_trial_alone(tmp_path: Path, quick: Any) -> None:
+    quick(lambda own, number: math.nan if own.set["adapter.r"] == 8 and number == 2 else 0.5)
+    folder = tune(tuned(tmp_path), tmp_path / "out", trials=8)
+    failed = [trial for trial in tried(folder) if trial["state"] == "fail"]
+    assert failed and all(trial["values"]["adapter.r"] == 8 and len(trial["measured"]) == 1 for trial in failed)
+    assert {trial["error"] for trial in failed} == {"training diverged: average is no number at measurement 2"}
+
+
+@pytest.mark.parametrize("flag", ["resume", "overwrite"])
+def test_two_at_once_do_not_share_a_folder(tmp_path: Path, quick: Any, flag: str) -> None:
+    path, out = tuned(tmp_path), tmp_path / "out"
+    quick(near(1e-2))
+    tune(path, out, trials=1)
+
+    def second(own: Recipe, number: int) -> float:
+        with pytest.raises(PemlError, match="another `peml tune` is at work in .*out: wait, or choose another"):
+            tune(path, out, trials=3, **{flag: True})
+        return 0.5
+
+    quick(second)
+    assert len(tried(tune(path, out, trials=2, resume=True))) == 2
+
+
+def test_a_study_that_was_lost_or_is_of_another_tuning(tmp_path: Path, quick: Any) -> None:
+    path = tuned(tmp_path)
+    quick(near(1e-2))
+    whole = tune(path, tmp_path / "out", trials=3)
+    before = tried(whole)
+    for stage in ("stages/prompt", "."):
+        RunFolder(whole.trial(2).path / stage).path.mkdir(parents=True, exist_ok=True)
+        RunFolder(whole.trial(2).path / stage).append_log({"step": 1, "elapsed_seconds": 5.0})
+    whole.study.unlink()
+    again = tune(path, tmp_path / "out", trials=3, resume=True)
+    assert tried(again) == before, "trials whose record is lost are made again, in clean folders"
+    assert again.read_summary()["bill"]["lost_seconds"] == 7 + 7 + 5 + 5
+    other = tune(tuned(tmp_path, seed=5), tmp_path / "other", trials=2)
+    again.study.write_bytes(other.study.read_bytes())
+    with pytest.raises(PemlError, match="the recipe is not that which .*study.db was begun with"):
+        tune(tuned(tmp_path), tmp_path / "out", resume=True)
+
+
+def test_a_run_is_no_tuning(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, method="lora", set={}, tune={"held_out": 12, "trials": 1, "pruner": "none"})
+    whole = module.with_section(load_recipe(path))
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    run.recipe.write_text(whole.to_yaml())
+    run.write_json(run.metrics, {})
+    with pytest.raises(PemlError, match="holds a run and no tuning: there is nothing to resume"):
+        tune(path, run.path, resume=True)
+    with pytest.raises(PemlError, match="holds no tuning: it is not overwritten"):
+        tune(path, run.path, overwrite=True)
+    assert {file.name for file in run.path.iterdir()} == {"recipe.yaml", "metrics.json"}
 
 
 def test_only_the_same_tuning_goes_on(tmp_path: Path, quick: Any) -> None:

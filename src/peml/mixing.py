@@ -12,6 +12,7 @@ workers loads them.
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, get_args
 
 import numpy as np
@@ -335,6 +336,34 @@ def _set_aside(
         count = min(wanted(len(own)), len(own)) if len(own) else 0
         chosen += np.random.default_rng([seed, _HELD_OUT, task]).choice(own, count, replace=False).tolist()
     return tuple(sorted(chosen))
+
+
+class Onward(Sampler[int]):
+    """The rows of a sampler behind those that were drawn of it before, in epochs as long as its own.
+
+    Args:
+        sampler: whose rows they are.
+        drawn: how many were.
+    """
+
+    def __init__(self, sampler: MixtureSampler, drawn: int) -> None:
+        self.sampler, self.epoch = sampler, 0
+        self.whole, self.rest = divmod(drawn, len(sampler))
+
+    def __len__(self) -> int:
+        """Rows per epoch."""
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration draws, counted from here."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        """The end of one epoch of the sampler, and the beginning of the next."""
+        self.sampler.set_epoch(self.epoch + self.whole)
+        yield from islice(self.sampler, self.rest, None)
+        self.sampler.set_epoch(self.epoch + self.whole + 1)
+        yield from islice(self.sampler, self.rest)
 
 
 class InTurn(Sampler[int]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from peft.utils import ModulesToSaveWrapper
 from rich.console import Console
 
 from peml.errors import PemlError
+from peml.mixing import MixtureSampler
 from peml.regimes.stages import Part, in_turn
+from peml.training.data import TaskRows
 from peml.training.folder import RunFolder
 from peml.training.recipe import Recipe
 from peml.training.regime import Sequential
 from peml.training.run import Stage, attach
-from peml.training.streaming import training_rows
+from peml.training.streaming import StreamedRows, training_rows
 from peml.training.workbench import Workbench, prepare
 
 FROZEN = {"prompt": ("prompt", "architecture"), "adapter": ("adapter", "other")}
@@ -38,7 +41,8 @@ def sequential(
 
     Paper: the ablation of PEML, arXiv:2605.14055, "parallel beats sequential"; how it was done is not known. Our
     choice: the second axis is not there yet in the first stage; each stage has a whole schedule of learning rates; a
-    search and its end are part of the prompt's stage, `finetune_fraction` is of its steps; heads train in both.
+    search and its end are part of the prompt's stage, `finetune_fraction` is of its steps; heads train in both; the
+    second stage goes on behind the rows of the first, so that both together see those of a joint training.
 
     Args:
         recipe: whose regime says the order, and the first axis's share of the steps.
@@ -58,7 +62,7 @@ def sequential(
 
     def prepared(folder: RunFolder) -> dict[str, Part]:
         bench = workbench or prepare(recipe)
-        training_rows(bench)
+        _check_rows(recipe, training_rows(bench))
         bench.check()
         alone = bench.config()
         setattr(alone, second, None)
@@ -76,11 +80,27 @@ def sequential(
                     fresh=[],
                     train=lengths[1],
                     frozen=FROZEN[first],
+                    behind=earlier,
                 ),
             ),
         }
 
     return in_turn(recipe, output, prepared, resume=resume, overwrite=overwrite, console=console)
+
+
+def _check_rows(recipe: Recipe, rows: TaskRows) -> None:
+    """Find now whether tasks will have given all that `mixing.epochs` allows before the second stage has ended.
+
+    Raises:
+        PemlError: they will.
+    """
+    if recipe.mixing.epochs is None or isinstance(rows, StreamedRows):
+        return
+    args = recipe.training_arguments("rows")
+    size = args.train_batch_size
+    sampler = MixtureSampler(rows.row_tasks, recipe.build_mixing(), recipe.seed, size, task_names=rows.task_names)
+    counted = args.max_steps * size * args.gradient_accumulation_steps * args.world_size
+    sampler.check(counted if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(sampler)))
 
 
 def _lengths(recipe: Recipe, split: float) -> tuple[dict[str, Any], dict[str, Any]]:

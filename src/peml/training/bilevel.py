@@ -148,10 +148,8 @@ class ArchitectureSteps(TrainerCallback):
                 raise PemlError(f"regime {message}")
 
     def _sampler(self, steps: int, without: set[int], seed: int) -> MixtureSampler:
-        trainer, args = self.trainer, self.trainer.args
-        size = args.train_batch_size
-        samples = steps * size * args.gradient_accumulation_steps * args.world_size
-        rows = trainer.train_dataset.row_tasks
+        trainer, rows = self.trainer, self.trainer.train_dataset.row_tasks
+        size, samples = trainer.args.train_batch_size, steps * trainer.step_rows
         return MixtureSampler(rows, trainer.mixing, seed, size, samples, trainer.task_names, without)
 
     def weight_rows(self) -> InTurn:

@@ -31,13 +31,14 @@ def majority_scores(bench: Workbench) -> dict[str, float]:
 
 
 def collapsed(majority: Mapping[str, float], scores: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Tasks whose score is not above that of a constant answer.
+    """Tasks whose score is not above that of a constant answer, unless that is always right: nothing is above it.
 
     Args:
         majority: as `majority_scores` gives it.
         scores: metrics by task.
     """
-    return [task for task, constant in majority.items() if scores[task]["score"] <= constant + TOLERANCE]
+    beatable = {task: constant for task, constant in majority.items() if constant < 1 - TOLERANCE}
+    return [task for task, constant in beatable.items() if scores[task]["score"] <= constant + TOLERANCE]
 
 
 def _constant(task: Task, train: list[Example], rows: list[Example]) -> list[str]:

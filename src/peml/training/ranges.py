@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.methods import method
+from peml.prompts import PrefixNAS
 from peml.tasks import Task
 from peml.training.arguments import checked
 from peml.training.entries import Section, first_problem, near
@@ -19,6 +21,19 @@ _FIXED = {
     "num_train_epochs": "trials are compared at equal steps; `tune.steps` says how many",
     "output_dir": "every trial has a folder of its own",
 }
+
+
+_OF_SEARCH = {
+    "train": ("architecture_learning_rate", "finetune_fraction", "after_search", "measure_gap"),
+    "prompt": (
+        *("temperature", "warmup_fraction", "relaxation", "gate_relaxation", "skip_dropout"),
+        *("entropy_weight", "cost_weight", "parameter_weight", "time_weight"),
+    ),
+}
+"""Settings that nothing but a search reads."""
+
+_OF_ARCHITECTURE = ("num_cells", "num_virtual_tokens", "width", "embedding_dim", "head_rank", "operations")
+"""Settings of a prompt that an imported architecture takes the place of."""
 
 
 class Range(Section):
@@ -89,12 +104,13 @@ class Tune(Section):
         Args:
             name: of the method.
             tasks: of the adapter.
-            settings: `set` of the recipe.
+            settings: `set` of the recipe, with an architecture that it imports.
 
         Raises:
             PemlError: naming the key, or the metric.
         """
         names = [task.name for task in tasks]
+        config = method(name, names, settings)
         for key, wanted in self.ranges.items():
             axis, _, setting = key.partition(".")
             if axis == "train" and setting in _FIXED:
@@ -107,11 +123,36 @@ class Tune(Section):
                         method(name, names, {**settings, key: value})
                 except PemlError as error:
                     raise PemlError(f"tune.ranges: {error}") from None
+            if (reason := idle(key, config)) is not None:
+                raise PemlError(f"tune.ranges.{key} would change nothing: {reason}; leave it out")
         known = ["average", *(f"{task.name}/{metric}" for task in tasks for metric in (*task.metrics, "score", "loss"))]
         if self.metric not in known:
             raise PemlError(
                 f"tune.metric must be one of {', '.join(known)}, not {self.metric!r}{near(self.metric, known)}"
             )
+
+
+def idle(key: str, config: PemlConfig) -> str | None:
+    """Why a key of a recipe has no effect on what is trained; None: it has one.
+
+    Args:
+        key: of `set` or `train`, e.g. `prompt.width`.
+        config: of the adapter.
+    """
+    axis, _, name = key.partition(".")
+    prompt = config.prompt
+    if key == "train.learning_rate" and config.adapter is None and not config.modules_to_save:
+        return "the method has no adapter"
+    if key in ("train.prompt_learning_rate", "train.task_prompt_learning_rate") and prompt is None:
+        return "the method has no prompt"
+    imported = None if not isinstance(prompt, PrefixNAS) else prompt.architecture
+    searched = isinstance(prompt, PrefixNAS) and imported is None
+    if name in _OF_SEARCH.get(axis, ()) and not searched:
+        return "nothing is searched"
+    # One that is drawn has these sizes.
+    if axis == "prompt" and name in _OF_ARCHITECTURE and imported is not None and not isinstance(imported, str):
+        return "the architecture that is imported says what it is"
+    return None
 
 
 def ends(wanted: Wanted) -> list[Any]:

@@ -141,10 +141,10 @@ class Recipe(Section):
             raise PemlError(f"tasks: {twice[0]!r} is there twice; give each task a name of its own")
         self.build_mixing().check(names)
         check_best(self.train, self.build_tasks())
-        if self.tune is not None:
-            self.tune.check(self.method, self.build_tasks(), self.set)
         if self.architecture is not None and not isinstance(method(self.method, names, self.set).prompt, PrefixNAS):
             raise PemlError(f"architecture is that of a searched prefix, and method {self.method!r} has none: use peml")
+        if self.tune is not None:
+            self.tune.check(self.method, self.build_tasks(), self.settings)
         prompt = method(self.method, names, self.settings).prompt
         if isinstance(self.how, DistilThenAdapt):
             self.how.check(names)

@@ -93,7 +93,7 @@ def train(
     _same_data(metrics.get("data"), data, checkpoint, folder)
     with progress_bar(console) as progress:
         log = RunLog(folder, progress, label=stage.label)
-        trainer = _trainer(ours, bench, model, rows, arguments, log, distillation, stage.frozen)
+        trainer = _trainer(ours, bench, model, rows, arguments, log, distillation, stage)
         stages = stage.record.get("stages", {})
         trainer.schedule.clock, trainer.schedule.memory = log.elapsed, partial(peak_memory, reset=True)
         if main:
@@ -119,6 +119,8 @@ def train(
                 metrics["before"] = bench.evaluate(model, progress)
         if main:
             folder.write_json(folder.metrics, metrics)
+        # What was held before, by a training in the same process for one, is none of this one's.
+        peak_memory(reset=True)
         log.start()
         if checkpoint is None and bench.form == "heads":
             apart = () if trainer.architect is None else trainer.architect.held_out
@@ -160,6 +162,7 @@ class Stage:
         fresh: those that have learnt nothing yet; None: all.
         train: what it has in `train` other than the recipe.
         frozen: parts that it does not train.
+        behind: run of the stage whose rows it goes on behind; None: it begins with the first.
         record: for `metrics.json`.
     """
 
@@ -171,6 +174,7 @@ class Stage:
     fresh: list[str] | None = None
     train: Mapping[str, Any] = field(default_factory=dict)
     frozen: Collection[str] = ()
+    behind: RunFolder | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -196,7 +200,7 @@ def _trainer(
     arguments: TrainingArguments,
     log: RunLog,
     distillation: Distillation | None,
-    frozen: Collection[str],
+    stage: Stage,
 ) -> MultiTaskTrainer:
     """The trainer, with optimiser and schedule tried out: what they refuse is refused before anything is written.
 
@@ -219,7 +223,8 @@ def _trainer(
             finetune_fraction=recipe.finetune_fraction,
             measure_gap=recipe.setting("measure_gap"),
             bilevel=recipe.how if isinstance(recipe.how, Bilevel) else None,
-            frozen=frozen,
+            frozen=stage.frozen,
+            steps_before=0 if stage.behind is None else stage.behind.read_metrics()["steps"],
             distillation=distillation,
             evaluate_tasks=bench.evaluate,
             data_collator=Collator(bench.pad_token_id, bench.form),

@@ -47,6 +47,9 @@ class SearchSchedule(TrainerCallback):
         clock: seconds of the training so far, of all its parts if it was interrupted.
         memory: most bytes held so far.
         derived: called when the search has ended.
+
+    Raises:
+        PemlError: a share that leaves no step to the search.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class SearchSchedule(TrainerCallback):
         log: Callable[[dict[str, float]], None] | None = None,
         measure: Callable[[], Scores] | None = None,
     ) -> None:
+        if not 0 <= finetune_fraction < 1:
+            raise PemlError(f"finetune_fraction must be 0 or more and below 1, not {finetune_fraction}")
         self.tuner, self.finetune_fraction = tuner, finetune_fraction
         self.log, self.measure = log, measure
         self.clock: Callable[[], float] = time.perf_counter

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from peml.balance import Balance, CoBa
 from peml.config import PemlConfig
-from peml.mixing import InTurn, MixtureSampler
+from peml.mixing import InTurn, MixtureSampler, Onward
 from peml.training.balancing import Balancer
 from peml.training.bilevel import ArchitectureSteps
 from peml.training.gradients import TaskGradients, rows_of
@@ -37,7 +37,7 @@ class BalancedSteps(SearchLog):
     task_names: list[str]
     balance: Balance
     balancer: Balancer
-    sampler: MixtureSampler | InTurn | None = None
+    sampler: MixtureSampler | Onward | InTurn | None = None
     held_out: tuple[int, ...] = ()
     architect: ArchitectureSteps | None = None
     states: list[Stateful]
@@ -96,11 +96,15 @@ class BalancedSteps(SearchLog):
             loss = loss if whole is None else loss + whole.to(loss)
         return loss
 
+    @property
+    def step_rows(self) -> int:
+        """Rows of a step, over all micro-batches and devices."""
+        return int(self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size)
+
     def _numbers(self) -> int:
         """Numbers that the gradients of the tasks in a step are."""
-        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         trained = sum(p.numel() for p in self._trained())
-        return int(trained * min(len(self.task_names), rows))
+        return int(trained * min(len(self.task_names), self.step_rows))
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]

@@ -19,7 +19,7 @@ from transformers import TrainerState, TrainingArguments
 
 from peml.balance import Balance, CoBa, Equal, per_sample
 from peml.errors import PemlError
-from peml.mixing import Mixing, MixtureSampler, held_out
+from peml.mixing import Mixing, MixtureSampler, Onward, held_out
 from peml.training.balancing import Balancer
 from peml.training.bilevel import ArchitectureSteps
 from peml.training.data import Collator, TaskRows, call_of
@@ -50,6 +50,7 @@ class MultiTaskTrainer(BalancedSteps):
         measure_gap: whether `evaluate_tasks` is called just before and just after that.
         bilevel: how the architecture is trained on rows of its own; None: with everything else.
         frozen: parts that are not trained: adapter, prompt, architecture, heads.
+        steps_before: of a training that this one goes on behind: its rows are not drawn again before the others.
         distillation: what is learnt from a teacher; None: nothing.
         evaluate_tasks: called with the model, returns `{task: {metric: value}}`; `score` of each task
             enters `eval_average`.
@@ -76,6 +77,7 @@ class MultiTaskTrainer(BalancedSteps):
         measure_gap: bool = True,
         bilevel: Bilevel | None = None,
         frozen: Collection[str] = (),
+        steps_before: int = 0,
         distillation: Distillation | None = None,
         evaluate_tasks: Callable[[nn.Module], dict[str, dict[str, float]]] | None = None,
         **kwargs: Any,
@@ -106,7 +108,7 @@ class MultiTaskTrainer(BalancedSteps):
             "architecture": architecture_learning_rate,
             "heads": head_learning_rate,
         }
-        self._distillation = distillation
+        self._distillation, self._steps_before = distillation, steps_before
         self.balance = balance or Equal()
         self._evaluate_tasks = evaluate_tasks
         self._meter = LossMeter(self.task_names)
@@ -143,12 +145,11 @@ class MultiTaskTrainer(BalancedSteps):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows: TaskRows = self.train_dataset
         if isinstance(rows, StreamedRows):
-            self.sampler = self._stream_sampler(rows)
-            return self.sampler
+            return self._behind(self._stream_sampler(rows))
         if self.architect is not None:
             self.sampler = self.architect.weight_rows()
             return self.sampler
-        self.sampler = sampler = MixtureSampler(
+        sampler = MixtureSampler(
             rows.row_tasks,
             self.mixing,
             self.args.seed,
@@ -156,11 +157,19 @@ class MultiTaskTrainer(BalancedSteps):
             task_names=self.task_names,
             without=self.held_out,
         )
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         steps = self.args.max_steps
-        samples = steps * batch if steps > 0 else math.ceil(self.args.num_train_epochs * len(sampler))
-        sampler.check(samples)
-        return sampler
+        samples = steps * self.step_rows if steps > 0 else math.ceil(self.args.num_train_epochs * len(sampler))
+        sampler.check(samples + self._drawn_before(sampler))
+        return self._behind(sampler)
+
+    def _drawn_before(self, sampler: MixtureSampler) -> int:
+        """Rows of the steps before; the last step of an epoch has what is left of it."""
+        epochs, steps = divmod(self._steps_before, math.ceil(len(sampler) / self.step_rows))
+        return epochs * len(sampler) + steps * self.step_rows
+
+    def _behind(self, sampler: MixtureSampler) -> Sampler[int]:
+        self.sampler = Onward(sampler, self._drawn_before(sampler)) if self._steps_before else sampler
+        return self.sampler
 
     def _stream_sampler(self, rows: StreamedRows) -> MixtureSampler:
         args = self.args
@@ -169,8 +178,7 @@ class MultiTaskTrainer(BalancedSteps):
                 "balance: coba sets rows apart" if isinstance(self.balance, CoBa) else "train.max_steps is not given"
             )
             raise PemlError(f"tasks with streaming: true have no known number of rows, and {wrong}")
-        samples = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return rows.sampler(self.mixing, args.seed, args.train_batch_size, samples)
+        return rows.sampler(self.mixing, args.seed, args.train_batch_size, args.max_steps * self.step_rows)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """What the loss is divided by: losses or rows by task, over the micro-batches and devices of a step, `[T]`."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from peml.training.run import check_same_recipe
 
 STUDY = "peml"
 """Name of the study in its file; Hyperband's brackets hang on it."""
+
+LOCK = ".lock"
+"""File that the process holds which is at work in a folder."""
 
 FOUND = "# Found by peml tune: trains as it is. Its values were chosen on rows held out of the training rows.\n"
 
@@ -68,8 +73,14 @@ class TuneFolder:
             PemlError: naming the folder or the key.
         """
         self.run.check(resume=resume, overwrite=overwrite)
-        if overwrite and self.run.is_run and not self.study.exists():
+        # A run whose recipe has a section `tune` looks like a tuning that has just begun.
+        trained = any(part.exists() for part in (self.run.metrics, self.run.adapter, self.run.checkpoints))
+        if overwrite and self.run.is_run and (trained or not self.study.exists()):
             raise PemlError(f"{self.path} holds no tuning: it is not overwritten")
+        if resume and trained:
+            raise PemlError(
+                f"{self.path} holds a run and no tuning: there is nothing to resume, choose another --output"
+            )
         if resume and self.run.is_run:
             before = load_recipe(self.recipe).tune
             if before is None:
@@ -87,6 +98,24 @@ class TuneFolder:
                 file.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.recipe, recipe.to_yaml())
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes out of the folder, which is made, as long as the block lasts.
+
+        Raises:
+            PemlError: another one is at work in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        # The file stays: removing it would let a third process lock another one of the same name.
+        with (self.path / LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise PemlError(
+                    f"another `peml tune` is at work in {self.path}: wait, or choose another --output"
+                ) from None
+            yield
 
     def open_study(self, direction: str) -> Any:
         """Optuna's study in its file.
@@ -122,12 +151,12 @@ class TuneFolder:
             shutil.rmtree(part, ignore_errors=True)
 
     def drop_unfinished(self, number: int) -> float:
-        """Remove the run of a trial that was killed; the seconds that its log has noted."""
-        run = self.trial(number)
-        if not run.path.exists():
-            return 0.0
-        lost = run.rewind_log(10**12)
-        shutil.rmtree(run.path)
+        """Remove what the study has not, from this trial on; the seconds that the logs of all stages have noted."""
+        lost = 0.0
+        for path in self.trials.glob("[0-9]*"):
+            if path.name.isdigit() and int(path.name) >= number:
+                lost += sum(RunFolder(log.parent).rewind_log(10**12) for log in path.rglob("log.jsonl"))
+                shutil.rmtree(path)
         return lost
 
 

@@ -11,8 +11,9 @@ import yaml
 from peml.config import PemlConfig
 from peml.prompts import PrefixNAS
 from peml.training.arguments import chooses_best
-from peml.training.ranges import Range, Wanted
+from peml.training.ranges import Range, Wanted, idle
 from peml.training.recipe import Recipe, validated
+from peml.training.regime import Bilevel
 
 EVALUATIONS = 5
 """Measurements of a trial, the last at its end, by which it may be stopped: our choice, which costs little."""
@@ -50,7 +51,8 @@ def default_ranges(recipe: Recipe) -> dict[str, Wanted]:
     if isinstance(getattr(config.prompt, "num_virtual_tokens", None), int):
         structure["prompt.num_virtual_tokens"] = [16, 32, 64]
     structure |= _SEARCH if isinstance(config.prompt, PrefixNAS) else {}
-    return ranges | {key: wanted for key, wanted in structure.items() if key not in flat(recipe.set)}
+    ranges |= {key: wanted for key, wanted in structure.items() if key not in flat(recipe.set)}
+    return {key: wanted for key, wanted in ranges.items() if idle(key, config) is None}
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def own_value(recipe: Recipe, config: PemlConfig, key: str) -> Any:
     if name == "prompt_learning_rate":
         return None if prompt is None else prompt.prompt_learning_rate
     if name == "architecture_learning_rate" and isinstance(prompt, PrefixNAS):
-        return prompt.architecture_learning_rate
+        return recipe.how.learning_rate if isinstance(recipe.how, Bilevel) else prompt.architecture_learning_rate
     return None
 
 
@@ -161,7 +163,8 @@ def trial_recipe(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     section = recipe.tune
     assert section is not None
     trial = recipe_with(recipe, values, held_out=section.held_out, evaluate_before=False)
-    train = dict(trial.train)
+    # Nothing is chosen by the gap, and its two measurements would count among those of the trial.
+    train = {**trial.train, "measure_gap": False}
     if section.steps is not None:
         train["max_steps"] = section.steps
         train.pop("num_train_epochs", None)

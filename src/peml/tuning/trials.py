@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +22,7 @@ from peml.tasks import Task
 from peml.training.data import TaskRows
 from peml.training.ranges import Tune
 from peml.training.recipe import Recipe, load_recipe
+from peml.training.regime import Grow
 from peml.training.run import attach
 from peml.training.streaming import training_rows
 from peml.training.workbench import Workbench, load_base, prepare
@@ -69,16 +72,20 @@ def tune(
     folder.check(recipe, resume=resume, overwrite=overwrite)
     with console.status("reading rows, loading the model"):
         bench, data = _tried_out(recipe)
-    folder.create(recipe, overwrite=overwrite)
-    return _Tuning(recipe, folder, bench, data, keep_adapters).run(console)
+    with folder.alone():
+        folder.create(recipe, overwrite=overwrite)
+        return _Tuning(recipe, folder, bench, data, keep_adapters).run(console)
 
 
 def with_section(recipe: Recipe, trials: int | None = None) -> Recipe:
     """The recipe with its section `tune` in full.
 
     Raises:
-        PemlError: a number of trials below 1.
+        PemlError: a number of trials below 1, or a recipe that measures on rows held out already.
     """
+    if recipe.held_out is not None:
+        # Both are the first of the same shuffled rows: the run would be measured on those that chose its values.
+        raise PemlError("held_out takes the rows that trials are measured on: leave it out, tune.held_out is theirs")
     section = recipe.tune or Tune()
     if trials is not None and trials < 1:
         raise PemlError(f"--trials must be 1 or more, not {trials}")
@@ -91,7 +98,10 @@ def _tried_out(recipe: Recipe) -> tuple[Workbench, dict[str, Any]]:
     """Rows and model of the recipe as it stands, and a fingerprint of the rows: what is wrong with it is said now."""
     own = trial_recipe(recipe, {})
     measurements(own)
-    bench = prepare(own)
+    how = own.how
+    bench = prepare(
+        own, trained=how.trained([task.name for task in own.build_tasks()]) if isinstance(how, Grow) else None
+    )
     rows = training_rows(bench)
     bench.check()
     attach(bench.model, bench.config())
@@ -114,9 +124,13 @@ class _Tuning:
         self.tasks, self.train, self.eval = bench.tasks, bench.train, bench.eval
         self.direction = "minimize" if self.section.metric.endswith("/loss") else "maximize"
         self.stored = folder.open_study(self.direction)
-        if self.stored.user_attrs.setdefault("data", data) != data:
-            raise PemlError(f"--resume: the rows are not those that the tuning in {folder.path} was begun with")
-        self.stored.set_user_attr("data", data)
+        asked = recipe.model_copy(update={"tune": self.section.model_copy(update={"trials": 1})})
+        own = {"recipe": hashlib.sha256(asked.to_yaml().encode()).hexdigest(), "data": dict(data)}
+        for key, what in (("recipe", "recipe is not that"), ("data", "rows are not those")):
+            if self.stored.user_attrs.get(key, own[key]) != own[key]:
+                raise PemlError(f"--resume: the {what} which {folder.study} was begun with: choose another --output")
+        for key, value in own.items():
+            self.stored.set_user_attr(key, value)
         self.last = measurements(trial_recipe(recipe, {}))
         self.study = optuna().create_study(direction=self.direction, study_name=STUDY, pruner=self._pruner())
         self.study.add_trials(self.stored.trials)
@@ -198,6 +212,8 @@ class _Tuning:
             nonlocal seen
             seen += 1
             value = measured(self.section.metric, results, self.tasks)
+            if not math.isfinite(value):
+                raise PemlError(f"training diverged: {self.section.metric} is no number at measurement {seen}")
             view.measured(seen, value)
             trial.report(value, seen)
             # At its end a trial has cost all that it can.
