@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.record import environment
+from benchmarks.record import environment, spread
 from peml.balance import BALANCES, Step
 from peml.regimes import train
 from peml.training import RunFolder
@@ -127,10 +127,6 @@ def one(options: Namespace, by: str, scale: float, seed: int) -> None:
         MultiTaskTrainer.sums_by_task, MultiTaskTrainer.training_step = sums, step
         MultiTaskTrainer.update_balance = update
     (folder.path / "step.json").write_text(json.dumps(sum(seconds) / options.steps))
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
 
 
 def toy_table(options: Namespace, rows: list[tuple[str, str, float]]) -> tuple[str, list[Any]]:

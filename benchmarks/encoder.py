@@ -16,8 +16,7 @@ import torch
 import yaml
 
 import peml
-from benchmarks.mpt import spread
-from benchmarks.record import environment
+from benchmarks.record import environment, spread
 from peml.training import Recipe, RunFolder
 
 RESULTS = Path(__file__).parent / "results"

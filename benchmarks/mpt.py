@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import peml
-from benchmarks.record import environment
+from benchmarks.record import environment, spread
 from peml.training import Recipe, RunFolder
 
 RESULTS = Path(__file__).parent / "results"
@@ -185,11 +185,6 @@ def sources_table(options: Namespace) -> tuple[str, list[Any]]:
         lines.append(f"| {title} | {' | '.join(map(spread, scores.values()))} |")
         records.append({"stage": title, "scores": scores})
     return "\n".join(lines), records
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import statistics
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -175,6 +176,12 @@ def write(data: dict[str, Any], folder: Path) -> tuple[Path, Path]:
         unfinished.write_text(text)
         unfinished.replace(path)
     return paths
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation; of one value, that value."""
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def _json(data: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ import yaml
 from scipy.stats import ttest_rel
 
 import peml
-from benchmarks.record import environment
+from benchmarks.record import environment, spread
 from peml.demo import SETTINGS, TRAIN
 from peml.methods import match_params, method, trainable_parameters
 from peml.training import Recipe, RunFolder
@@ -177,12 +177,6 @@ def table(rows: Sequence[Mapping[str, Any]], against: str = "PEML") -> str:
         seconds = statistics.mean(row["seconds"])
         lines.append(f"| {row['way']} | {' | '.join(cells)} | {row['trained']:,} | {seconds:.0f} | {gap} |")
     return "\n".join(lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def main() -> None:
