@@ -6,7 +6,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
-from benchmarks import command, decode, end_to_end, groups, layers, merged, prefix, soft, tasks
+from benchmarks import command, decode, end_to_end, groups, layers, merged, prefix, searching, soft, tasks
 
 RUNS = {
     "layers": layers,
@@ -16,6 +16,7 @@ RUNS = {
     "decode": decode,
     "merged": merged,
     "prefix": prefix,
+    "searching": searching,
     "soft": soft,
 }
 ALL = "all"
