@@ -36,7 +36,7 @@ class Shape(NamedTuple):
         return f"width {self.width}, {self.layers} layers, b={self.rows}, l={self.length}"
 
 
-SHAPES = (Shape(384, 6, 6, 1536, 16, 64), Shape(768, 8, 12, 2048, 8, 128))
+SHAPES = (Shape(384, 6, 6, 1536, 16, 64), Shape(512, 6, 8, 1536, 8, 128))
 
 
 def add_options(parser: ArgumentParser) -> None:

@@ -260,7 +260,10 @@ def test_trials_are_trained_and_the_best_is_a_recipe(tmp_path: Path) -> None:
         "value": trials[record["best"]]["value"],
     }
     run = module.regimes.train(found, tmp_path / "run")
-    assert run.read_metrics()["data"]["rows"]["size"] == [60, 20]
+    metrics = run.read_metrics()
+    assert metrics["data"]["rows"]["size"] == [60, 20] and metrics["bill"]["tuning"]["trials"] == 3
+    assert metrics["bill"]["total"]["wall_seconds"] > record["bill"]["wall_seconds"]
+    assert "% of the budget of" in run.picture.read_text()
     assert "tuned:" in run.recipe.read_text()
     with pytest.raises(PemlError, match="already holds files"):
         tune(path, tmp_path / "out")
