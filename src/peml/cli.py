@@ -19,7 +19,6 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from peml.cli_report import contributions_table
 from peml.cli_tasks import tasks_app
 from peml.errors import PemlError
 
@@ -89,6 +88,7 @@ def evaluate(
     ] = "",
 ) -> None:
     """Measure a run on every task."""
+    from peml.cli_report import contributions_table
     from peml.evaluation import ablate as without
     from peml.evaluation import ablation_record, parts_there, read_parts
     from peml.training.folder import RunFolder
