@@ -142,7 +142,7 @@ def summary(ways: Sequence[str], seeds: Sequence[int], found: Mapping[tuple[str,
     for way in ways:
         own = [found[way, seed] for seed in seeds]
         tasks = {task: [100 * m["after"][task]["score"] for m in own] for task in own[0]["after"]}
-        gaps = [100 * m["search"]["gap"]["lost"]["average"] for m in own if m.get("search", {}).get("gap")]
+        gaps = [m["search"]["gap"]["lost"]["average"] for m in own if m.get("search", {}).get("gap")]
         rows.append(
             {
                 "way": way,
