@@ -2,7 +2,9 @@
 
 PEML against what it is made of, on equal numbers of trained parameters: LoRA at PEML's rank and rank-matched, LoRA
 with a standard prefix (a table, or made by a network), a prefix alone, one after the other, a random architecture of
-the same space, MTL-LoRA; and the relaxations of the search beside each other, with what is lost where it ends.
+the same space, the architecture that was found trained again from nothing, MTL-LoRA; and the relaxations of the search
+beside each other, with what is lost where it ends. With `--tune N` every row has its learning rates from N trials of
+`peml tune` on rows held out of the training rows; rows that are variants of PEML take PEML's.
 
 Every job is a run folder of its own, and a finished one is not run again.
 """
@@ -27,6 +29,7 @@ from peml.demo import SETTINGS, TRAIN
 from peml.methods import match_params, method, trainable_parameters
 from peml.training import Recipe, RunFolder
 from peml.training.workbench import prepare
+from peml.tuning import TuneFolder, tune
 
 RESULTS = Path(__file__).parent / "results"
 ENCODER = Path(__file__).parent.parent / "recipes" / "encoder.yaml"
@@ -48,39 +51,52 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "prefix alone": {"method": "prefix"},
     "prefix, then LoRA": {"method": "peml", "regime": {"name": "sequential", "order": "prompt_first"}, "size": "own"},
     "LoRA, then prefix": {"method": "peml", "regime": {"name": "sequential", "order": "adapter_first"}, "size": "own"},
-    "random architecture": {"method": "peml", "architecture": "random", "size": "own"},
     "MTL-LoRA": {"method": "mtl-lora"},
     "PEML": {"method": "peml", "size": "own"},
-    "PEML, Gumbel": {"method": "peml", "set": {"prompt.relaxation": "gumbel"}, "size": "own"},
-    "PEML, sigmoid": {"method": "peml", "set": {"prompt.relaxation": "sigmoid"}, "size": "own"},
-    "PEML, alternate": {"method": "peml", "regime": "alternate", "size": "own"},
+    "random architecture": {"method": "peml", "architecture": "random", "size": "own", "rates": "PEML"},
+    "PEML's architecture, trained anew": {"method": "peml", "architecture": "found", "size": "own", "rates": "PEML"},
+    "PEML, Gumbel": {"method": "peml", "set": {"prompt.relaxation": "gumbel"}, "size": "own", "rates": "PEML"},
+    "PEML, sigmoid": {"method": "peml", "set": {"prompt.relaxation": "sigmoid"}, "size": "own", "rates": "PEML"},
+    "PEML, alternate": {"method": "peml", "regime": "alternate", "size": "own", "rates": "PEML"},
 }
-"""What each row trains. `size`: "own", all of PEML's settings; "rank", its rank; otherwise matched to its numbers."""
+"""What each row trains. `size`: "own", all of PEML's settings; "rank", its rank; otherwise matched to its numbers.
+`rates`: the row whose learning rates it takes; otherwise it is tuned itself."""
 
 
 def toy(options: Namespace) -> dict[str, Any]:
     """The package's own tasks on its own model."""
     train = {**TRAIN, "max_steps": options.steps or 400}
-    return {"model": "toy", "tasks": [{"suite": "toy"}], "train": train, "peml": dict(SETTINGS["peml"])}
+    ranges = {
+        "train.learning_rate": [1e-3, 2e-3, 4e-3, 8e-3],
+        "train.prompt_learning_rate": [4e-3, 1e-2, 2e-2, 5e-2],
+    }
+    return {"model": "toy", "tasks": [{"suite": "toy"}], "train": train, "peml": SETTINGS["peml"], "ranges": ranges}
 
 
 def encoder(options: Namespace) -> dict[str, Any]:
     """Six GLUE tasks on a sentence encoder, by the recipe of the package."""
     data = yaml.safe_load(ENCODER.read_text(encoding="utf-8"))
-    task = data["tasks"][0] | {"path": options.data, "include": SHORT}
+    task = data["tasks"][0] | {"path": options.data, "include": SHORT, "limit_eval": 400}
     heads = {key: value for key, value in data["set"].items() if key.startswith("heads.")}
     own = {
-        "adapter.r": 4,
-        "adapter.lora_alpha": 8,
+        "adapter.r": 12,
+        "adapter.lora_alpha": 24,
         "prompt.num_virtual_tokens": 16,
         "prompt.budget_tokens": 8.0,
-        "prompt.width": 128,
-        "prompt.embedding_dim": 64,
-        "prompt.head_rank": 32,
+        "prompt.width": 64,
+        "prompt.embedding_dim": 32,
+        "prompt.head_rank": 16,
     }
-    train = data["train"] | {"max_steps": options.steps or 400}
+    # Heads fitted on few rows leave the training something to do.
+    own_rates = {"prompt_learning_rate": 5e-3, "architecture_learning_rate": 2e-2, "probe_rows": 200}
+    train = data["train"] | own_rates | {"max_steps": options.steps or 400}
+    ranges = {
+        "train.learning_rate": [2e-4, 5e-4, 1e-3],
+        "train.prompt_learning_rate": [1e-3, 3e-3, 1e-2],
+    }
     return {
         "model": options.model, "tasks": [task], "train": train, "heads": heads, "peml": own, "mixing": data["mixing"],
+        "ranges": ranges,
     }  # fmt: skip
 
 
@@ -94,17 +110,17 @@ def base_recipe(suite: Mapping[str, Any], seed: int) -> dict[str, Any]:
     return {key: suite[key] for key in keys if key in suite} | {"train": train, "evaluate_before": False}
 
 
-def recipes(suite: Mapping[str, Any], seeds: Sequence[int], ways: Sequence[str]) -> dict[tuple[str, int], Recipe]:
-    """The recipe of every job, with ranks and lengths that train as many numbers as PEML does in its search."""
+def sized(suite: Mapping[str, Any], ways: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What sets every row's method up, with ranks and lengths that train as many numbers as PEML does in its search."""
     heads, own = suite.get("heads", {}), suite["peml"]
     whole = Recipe.model_validate(base_recipe(suite, 0) | {"method": "peml", "set": {**heads, **own}})
     bench = prepare(whole)
     names = list(bench.tasks)
     budget = trainable_parameters(bench.config(), bench.model)
-    jobs = {}
+    named = {"budget": int(own["prompt.budget_tokens"]), "head_rank": own["prompt.head_rank"]}
+    found = {}
     for way in ways:
         row = WAYS[way]
-        named = {"budget": int(own["prompt.budget_tokens"]), "head_rank": own["prompt.head_rank"]}
         settings = {key: named.get(value, value) for key, value in row.get("set", {}).items()}
         if row.get("size") == "own":
             settings = {**own, **settings}
@@ -119,21 +135,60 @@ def recipes(suite: Mapping[str, Any], seeds: Sequence[int], ways: Sequence[str])
                 settings |= {"adapter.r": matched.adapter.r, "adapter.lora_alpha": share * matched.adapter.r}
             else:
                 settings |= {"prompt.num_virtual_tokens": matched.prompt.num_virtual_tokens}
-        for seed in seeds:
-            data = base_recipe(suite, seed) | {"method": row["method"], "set": {**heads, **settings}}
-            data |= {"regime": row["regime"]} if "regime" in row else {}
-            data |= {"architecture": f"random:{seed}"} if "architecture" in row else {}
-            jobs[way, seed] = Recipe.model_validate(data)
-    return jobs
+        found[way] = {"method": row["method"], "set": {**heads, **settings}}
+        found[way] |= {"regime": row["regime"]} if "regime" in row else {}
+    return found
 
 
-def run(options: Namespace, recipe: Recipe, way: str, seed: int) -> dict[str, Any]:
-    """Scores and cost of one job."""
-    name = "".join(c if c.isalnum() else "-" for c in way.lower())
-    folder = RunFolder(Path(options.work) / options.suite / name / str(seed))
-    if not folder.finished:
-        peml.train(recipe, folder.path, overwrite=folder.is_run)
-    return folder.read_metrics()
+class Comparison:
+    """The jobs of one table, in a folder.
+
+    Args:
+        suite: tasks, model, training.
+        ways: rows.
+        work: folder for the runs.
+        trials: of each row's tuning; 0: all train with the suite's rates.
+    """
+
+    def __init__(self, suite: Mapping[str, Any], ways: Sequence[str], work: Path, trials: int = 0) -> None:
+        self.suite, self.work, self.trials = suite, work, trials
+        leaders = {WAYS[way].get("rates", way) for way in ways} if trials else set()
+        self.own = sized(suite, [way for way in WAYS if way in {*ways, *leaders}])
+
+    def folder(self, way: str, job: str) -> Path:
+        """Of one run, or one tuning."""
+        return self.work / "".join(c if c.isalnum() else "-" for c in way.lower()) / job
+
+    def rates(self, way: str) -> dict[str, float]:
+        """Learning rates that the row's trials chose: the same number of them for all rows."""
+        leader = WAYS[way].get("rates", way)
+        if not self.trials:
+            return {}
+        data = base_recipe(self.suite, 0) | self.own[leader]
+        parts = Recipe.model_validate(data).config()
+        there = {"train.learning_rate": parts.adapter, "train.prompt_learning_rate": parts.prompt}
+        ranges = {key: self.suite["ranges"][key] for key, part in there.items() if part is not None}
+        section = {"trials": self.trials, "ranges": ranges, "pruner": "none"}
+        folder = TuneFolder(self.folder(leader, f"tuning-{self.trials}"))
+        done = folder.summary.exists() and len(folder.read_summary()["trials"]) == self.trials
+        if not done:
+            tune(Recipe.model_validate(data | {"tune": section}), folder.path, resume=folder.run.is_run)
+        summary = folder.read_summary()
+        values = next(trial["values"] for trial in summary["trials"] if trial["number"] == summary["best"])
+        return {key.removeprefix("train."): value for key, value in values.items()}
+
+    def run(self, way: str, seed: int, architecture: Path | None = None) -> dict[str, Any]:
+        """Scores and cost of one job, or of the same with an architecture that was found elsewhere."""
+        folder = RunFolder(self.folder(way, f"{seed}-imported" if architecture else str(seed)))
+        if not folder.finished:
+            data = base_recipe(self.suite, seed) | self.own[way]
+            data["train"] |= self.rates(way)
+            kind = WAYS[way].get("architecture")
+            if kind is not None:
+                found = architecture or RunFolder(self.folder("PEML", str(seed))).architecture
+                data["architecture"] = f"random:{seed}" if kind == "random" else str(found)
+            peml.train(Recipe.model_validate(data), folder.path, overwrite=folder.is_run)
+        return folder.read_metrics()
 
 
 def summary(ways: Sequence[str], seeds: Sequence[int], found: Mapping[tuple[str, int], Any]) -> list[dict[str, Any]]:
@@ -150,6 +205,8 @@ def summary(ways: Sequence[str], seeds: Sequence[int], found: Mapping[tuple[str,
                 "tasks": tasks,
                 "trained": sum(own[0]["parameters"].values()),
                 "seconds": [m["train_seconds"] for m in own],
+                "bill": [m["bill"] for m in own],
+                "learning_rates": own[0]["learning_rates"],
                 "gap": gaps,
                 "architectures": [m["architecture"] for m in own if "architecture" in m],
             }
@@ -188,17 +245,21 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, metavar="WAY")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of each training")
+    parser.add_argument("--tune", type=int, default=0, metavar="N", help="trials of each row's learning rates")
     parser.add_argument("--remark", default="", help="put below the table")
     options = parser.parse_args()
     seeds = range(options.seeds)
-    jobs = recipes(SUITES[options.suite](options), seeds, options.ways)
+    comparison = Comparison(
+        SUITES[options.suite](options), options.ways, Path(options.work) / options.suite, options.tune
+    )
     # Seed by seed, so that what is there when somebody stops it compares.
-    found = {(way, s): run(options, jobs[way, s], way, s) for s in seeds for way in options.ways}
+    found = {(way, s): comparison.run(way, s) for s in seeds for way in options.ways}
     rows = summary(options.ways, seeds, found)
     text = table(rows)
-    steps = jobs[options.ways[0], 0].train["max_steps"]
+    steps = comparison.suite["train"]["max_steps"]
     head = (
-        f"# Search on the {options.suite} tasks\n\n{steps} steps, seeds 0 to {options.seeds - 1}; mean and spread.\n\n"
+        f"# Search on the {options.suite} tasks\n\n{steps} steps, seeds 0 to {options.seeds - 1}; mean and spread. "
+        f"Learning rates: {f'{options.tune} trials for each row' if options.tune else 'the same for all rows'}.\n\n"
     )
     remark = f"\n\n{options.remark}" if options.remark else ""
     name = f"search-{options.suite}"

@@ -253,7 +253,8 @@ def prefix_nas(tensors: Tensors, settings: Settings, shapes: Sequence[tuple[int,
     else:
         flat = made[int(tensors["head_choice"])]
     layers, column = [], 0
-    shift = _shift(tensors, settings, shapes) if searching and settings["exact_budget"] else 0.0
+    exact = settings["exact_budget"] and settings["search_tokens"]
+    shift = _shift(tensors, settings, shapes) if searching and exact else 0.0
     for layer, (heads, size) in enumerate(shapes):
         tokens = [j for j in range(len(hidden)) if tensors["kept"][layer, j]]
         if not tokens:
@@ -263,8 +264,18 @@ def prefix_nas(tensors: Tensors, settings: Settings, shapes: Sequence[tuple[int,
             continue
         block = flat[:, column : column + 2 * heads * size]
         column += 2 * heads * size
-        keys = torch.stack([block[j, : heads * size].view(heads, size) for j in tokens], dim=1)
-        values = torch.stack([block[j, heads * size :].view(heads, size) for j in tokens], dim=1)
+        both = []
+        for n in range(2):
+            rows = []
+            for h in range(heads):
+                first = (n * heads + h) * size
+                vectors = [block[j, first : first + size] for j in tokens]
+                if settings["normalize_kv"]:
+                    grown = torch.exp(tensors["log_size"][layer, n])
+                    vectors = [vector / (vector * vector).mean().sqrt() * grown for vector in vectors]
+                rows.append(torch.stack(vectors))
+            both.append(torch.stack(rows))
+        keys, values = both
         gates = []
         for j in tokens:
             log_gate = torch.zeros((), dtype=keys.dtype)

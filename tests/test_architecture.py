@@ -163,7 +163,7 @@ def test_with_its_weights_it_is_the_derived_network() -> None:
     assert not {"alpha", "head_alpha", "token_gate", "layer_gate"} & set(prompt.state_dict())
     assert sum(p.numel() for p in prompt.parameters()) == config.num_parameters(SHAPE, 1)
     rank = found.architecture().head_rank
-    for name in ("seed", "into", "strength"):
+    for name in ("seed", "into", "strength", "log_size"):
         getattr(prompt, name).copy_(getattr(found, name))
     prompt.head_in.copy_(found.head_in[:, :rank])
     prompt.head_out.copy_(found.head_out[:rank])
@@ -182,8 +182,8 @@ def test_only_kept_tokens_have_rows_and_only_layers_with_tokens_columns() -> Non
     assert prompt.head_out.shape == (3, 24)
     first, second, third = prompt(None)
     assert second is None and (first.num_tokens, third.num_tokens) == (2, 1)
-    torch.testing.assert_close(first.log_gate.exp().sum(), torch.tensor(-2.0).exp())
-    torch.testing.assert_close(third.log_gate.exp().sum(), torch.tensor(-2.0).exp())
+    torch.testing.assert_close(first.log_gate.exp().sum(), torch.tensor(1.0))
+    torch.testing.assert_close(third.log_gate.exp().sum(), torch.tensor(1.0))
     assert prompt.architecture() is prompt.config.architecture
 
 

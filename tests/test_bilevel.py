@@ -89,7 +89,14 @@ def test_weights_that_the_held_out_loss_ignores_leave_the_first_order() -> None:
 
 TASKS = ["size", "color"]
 PROMPT = peml.PrefixNAS(
-    num_virtual_tokens=4, width=6, embedding_dim=5, head_rank=3, budget_tokens=1, operations=("linear", "mlp_gelu_h")
+    num_virtual_tokens=4,
+    width=6,
+    embedding_dim=5,
+    head_rank=3,
+    budget_tokens=1,
+    operations=("linear", "mlp_gelu_h"),
+    gate_init=2.0,
+    normalize_kv=False,  # less bent: differences of gradients are compared with differences of losses
 )
 
 
@@ -234,8 +241,8 @@ def test_each_kind_of_step_leaves_the_other_as_it_is(tmp_path: Path, regime: Any
     one.add_callback(Last())
     one.train()
     steps = {kind: [moved for name, *moved in seen if name == kind] for kind in ("before", "architecture", "weights")}
-    # 9 steps of search, of which the first 15 % rest, and one of fine-tuning.
-    assert steps["architecture"] == [[False, False]] * 2 + [[True, False]] * 7 + [[False, False]]
+    # 9 steps of search, of which the first 15 % rest, and one of fine-tuning, before which gates and strength are settled.
+    assert steps["architecture"] == [[False, False]] * 2 + [[True, False]] * 7 + [[True, True]]
     assert steps["weights"] == [[False, True]] * 10 and steps["before"] == [[False, False]] * 10
     assert not one.tuner.prompt.searching
 
@@ -260,7 +267,7 @@ def test_the_two_kinds_of_rows_come_in_orders_of_their_own(tmp_path: Path) -> No
     assert orders[0] != orders[1] and [sum(own) for own in orders] == [36, 36]
 
 
-@pytest.mark.parametrize("most", [0.0, 0.05])
+@pytest.mark.parametrize("most", [0.0, 0.03])
 def test_a_step_of_the_architecture_is_one_of_adam_behind_its_clipping(tmp_path: Path, most: float) -> None:
     one = trainer(tmp_path, Alternate(max_grad_norm=most, weight_decay=0.1))
     one.create_optimizer_and_scheduler(10)
@@ -269,7 +276,7 @@ def test_a_step_of_the_architecture_is_one_of_adam_behind_its_clipping(tmp_path:
     begins = [p.detach().clone() for p in one.architect.parameters]
     slopes = [slope.clone() for slope in one.architect.gradient(3)]
     length = float(torch.cat([slope.flatten() for slope in slopes]).norm())
-    assert length > 0.06
+    assert length > 0.04
     scale = most / (length + 1e-6) if most else 1.0
     one.state.global_step = 3
     one.architect.on_step_begin(one.args, one.state, one.control)
@@ -307,7 +314,7 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
 def test_looking_ahead_sees_one_and_the_same_noise(tmp_path: Path) -> None:
     """Other dropout on either side of a difference would drown it."""
     config = peml.PemlConfig(task_names=TASKS, adapter=peml.LoRA(r=2, lora_dropout=0.5), prompt=PROMPT)
-    near, far = (trainer(tmp_path, Unrolled(epsilon=epsilon), config=config) for epsilon in (1e-5, 1e-3))
+    near, far = (trainer(tmp_path, Unrolled(epsilon=epsilon), config=config) for epsilon in (1e-5, 1e-4))
     gradients = []
     for one in (near, far):
         one.create_optimizer_and_scheduler(10)
@@ -335,7 +342,7 @@ def test_what_is_only_frozen_for_a_moment_comes_back() -> None:
         {"relaxation": "gumbel"},
         {"relaxation": "sigmoid"},
         {"gate_relaxation": "straight_through"},
-        {"exact_budget": True},
+        {"exact_budget": False},
     ],
     ids=lambda changes: next(iter(changes)),
 )

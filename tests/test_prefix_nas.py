@@ -17,7 +17,9 @@ from peml.prompts.operations import DEFAULT_OPERATIONS, OPERATIONS, operation_mu
 
 SLOTS = (AttentionSlot(2, 3), AttentionSlot(1, 5), AttentionSlot(2, 3))
 SHAPE = ModelShape(SLOTS, 24)
-SMALL = PrefixNAS(num_virtual_tokens=5, num_cells=2, width=9, embedding_dim=4, head_rank=3, budget_tokens=2.0)
+SMALL = PrefixNAS(
+    num_virtual_tokens=5, num_cells=2, width=9, embedding_dim=4, head_rank=3, budget_tokens=2.0, exact_budget=False
+)
 
 
 def generator(shaken: bool = True, **changes) -> PrefixGenerator:
@@ -90,7 +92,7 @@ def test_the_formula_of_the_defaults() -> None:
     cell = sum(operation_parameters(name, 32, 512) for name in config.operations)
     assert round(head / 1e6, 1) == 16.8 and round(cell / 1e6, 2) == 2.89
     assert operation_parameters("mlp_gelu_h", 32, 512) == 524_288
-    rest = 32 * 256 + 256 * 512 + 2 * len(config.operations) + 32 * 32 + 32 + 32
+    rest = 32 * 256 + 256 * 512 + 2 * len(config.operations) + 32 * 32 + 32 + 32 + 2 * 32
     assert config.num_parameters(shape, 8) == head + 2 * cell + rest
     assert peml.PrefixTuning(16).num_parameters(shape, 8) == 16 * 32 * 8192 == 4_194_304
     assert peml.PrefixTuning(20).num_parameters(shape, 8) == 32 * 163_840
@@ -102,6 +104,7 @@ def test_the_formula_of_the_defaults() -> None:
     [
         {}, {"operations": ("identity",)}, {"num_cells": 3}, {"operations": tuple(OPERATIONS)}, {"head_rank": (2, 4)},
         {"search_tokens": False}, {"search_layers": False}, {"gate_init": None}, {"architecture": "random:1"},
+        {"normalize_kv": False},
     ],
 )  # fmt: skip
 def test_the_count_is_the_formula(changes: dict) -> None:
@@ -109,14 +112,19 @@ def test_the_count_is_the_formula(changes: dict) -> None:
     assert sum(p.numel() for p in config.build(SHAPE, 3).parameters()) == config.num_parameters(SHAPE, 3)
 
 
-def test_a_fresh_generator_has_the_scales_of_its_formula() -> None:
-    """E and the head 0.02, maps one over the root of their rows, alpha 0.001: so that no operation leads from the start."""
-    prompt = PrefixNAS(256, 2, 128, 256, 64, operations=("linear", "mlp_gelu_2h")).build(SHAPE, 1)
+@pytest.mark.parametrize("normalized", [True, False])
+def test_a_fresh_generator_has_the_scales_of_its_formula(normalized: bool) -> None:
+    """Maps one over the root of their rows, alpha 0.001: so that no operation leads from the start.
+
+    E is of size 1 as what operations are made for; E and the head 0.02 where the head sets the size of keys and values.
+    """
+    config = PrefixNAS(256, 2, 128, 256, 64, operations=("linear", "mlp_gelu_2h"), normalize_kv=normalized)
+    prompt = config.build(SHAPE, 1)
     scales = {
-        "seed": 0.02,
+        "seed": 1.0 if normalized else 0.02,
         "into": 256**-0.5,
-        "head_in": 0.02,
-        "head_out": 0.02,
+        "head_in": 128**-0.5 if normalized else 0.02,
+        "head_out": 64**-0.5 if normalized else 0.02,
         "cells.0.0.weight": 128**-0.5,
         "cells.1.1.out": 256**-0.5,
     }
@@ -224,6 +232,12 @@ def test_penalties_against_finite_differences(name: str, relaxation: str) -> Non
     found = torch.autograd.grad(term, trained, allow_unused=True)
     for parameter, gradient in zip(trained, found, strict=True):
         wanted = numerical(lambda: prompt.penalties()[name], parameter)
+        if name == "entropy" and parameter is prompt.token_gate:
+            # What would change the cost is taken out: the same step of all tokens that undoes it.
+            price = numerical(prompt.expected_cost, parameter)
+            assert wanted.sum().abs() > 1e-3
+            wanted = wanted - wanted.sum() * price / price.sum()
+            assert (gradient.sum().abs() < 1e-9) and gradient.any()
         gradient = torch.zeros_like(parameter) if gradient is None else gradient
         torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
     assert any(g is not None and g.any() for g in found), "a declared loss without a gradient"
@@ -238,7 +252,11 @@ def test_penalties_against_finite_differences(name: str, relaxation: str) -> Non
 )  # fmt: skip
 def test_every_declared_term_has_a_gradient_from_the_start(changes: dict) -> None:
     """With open gates the cost is above the default budget; the entropy counts from the second half on."""
-    prompt = PrefixNAS(8, 2, 9, 4, **{"head_rank": 3, "budget_tokens": 4.0} | changes).build(SHAPE, 1).double()
+    prompt = (
+        PrefixNAS(8, 2, 9, 4, **{"head_rank": 3, "budget_tokens": 4.0, "exact_budget": False} | changes)
+        .build(SHAPE, 1)
+        .double()
+    )
     prompt.config = dataclasses.replace(prompt.config, parameter_budget=1, time_budget=1e-9)
     prompt.set_progress(0.6)
     terms = prompt.penalties()
@@ -250,7 +268,7 @@ def test_every_declared_term_has_a_gradient_from_the_start(changes: dict) -> Non
 
 
 def test_the_cost_at_the_start_is_what_open_tokens_cost() -> None:
-    prompt = PrefixNAS().build(SHAPE, 1)
+    prompt = PrefixNAS(exact_budget=False).build(SHAPE, 1)
     assert prompt.expected_cost().item() == pytest.approx(32 * 0.8808 * 0.9820 / 16, rel=1e-3)
     assert prompt.penalties()["cost"] > 0.7
 
@@ -310,7 +328,7 @@ def test_deriving(gate_after: str, threshold, budget: float, spread: float) -> N
     prompt = generator(gate_after=gate_after, gate_threshold=threshold, budget_tokens=budget)
     shake([prompt.token_gate, prompt.layer_gate], spread)
     (own, layers), config = prompt.gates(), prompt.config
-    limit = 0.5 if threshold is None else threshold
+    limit = {"keep": 0.05, "unit": 0.5}[gate_after] if threshold is None else threshold
     total = budget * sum(slot.width for slot in SLOTS)
     gates = (own * layers[:, None]).tolist()
     places = sorted(((gates[layer][j], layer, j) for layer in range(3) for j in range(5)), reverse=True)
@@ -376,7 +394,7 @@ def test_one_stays_though_every_gate_is_closed(tokens: bool) -> None:
 
 
 def test_a_closed_layer_goes_as_a_whole() -> None:
-    prompt = generator(budget_tokens=5.0)
+    prompt = generator(budget_tokens=5.0, gate_threshold=0.5)
     with torch.no_grad():
         prompt.layer_gate[1] = -0.1  # below 0.5, with every token of it open
         prompt.token_gate[0, 0] = 0.0  # a gate of 0.5 is not below it
@@ -482,7 +500,6 @@ def test_without_strength_unit_gates_are_none_at_all() -> None:
         ({"budget_mb": 1.0}, "budget_tokens and prompt.budget_mb are two budgets"),
         ({"budget_tokens": None, "budget_percent": 0.0}, "budget_percent must be above 0"),
         ({"budget_context": 0}, "budget_context must be 1 or more"),
-        ({"exact_budget": True, "search_tokens": False}, "needs prompt.search_tokens"),
         ({"operation_times": (1.0,)}, "for each of 9 operations"),
         ({"time_budget": 0.0}, "time_budget must be above 0"),
         ({"architecture": "found.json"}, 'an architecture or "random:SEED", not .found.json.'),

@@ -116,7 +116,7 @@ def test_a_gate_of_zero_excludes_its_token() -> None:
 
 
 def test_gates_are_drawn_with_their_probability_in_training_alone() -> None:
-    prompt = generator(gate_relaxation="straight_through", gate_init=None)
+    prompt = generator(gate_relaxation="straight_through", gate_init=None, exact_budget=False)
     quiet = prompt.eval().log_gates()
     wanted = (prompt.token_gate > 0) & (prompt.layer_gate > 0)[:, None]
     assert torch.equal(quiet == 0, wanted) and torch.equal(quiet, prompt.log_gates())
@@ -279,15 +279,22 @@ def test_an_exact_budget_is_what_is_deployed() -> None:
     expected = prompt.expected_cost()
     assert float(expected) == pytest.approx(1.0) and "cost" not in prompt.penalties()
     gates = prompt.gates()[0].clone()
-    before = prompt.log_gates().clone()
+    before, strength = prompt.log_gates().clone(), prompt.strength.clone()
     prompt.derive()
+    taken_over = prompt.strength - strength
     lengths = prompt.architecture().lengths
     spent = sum(n * float(w) for n, w in zip(lengths, WIDTHS, strict=True))
     assert 68 - 12 < spent <= 68
     torch.testing.assert_close(prompt.gates()[0], gates)
     for layer, row in enumerate(prompt.architecture().tokens):
         if row:
-            torch.testing.assert_close(prompt(None)[layer].log_gate, before[layer, list(row)])
+            found = prompt(None)[layer].log_gate
+            torch.testing.assert_close(found, before[layer, list(row)] + taken_over[layer])
+            # What goes is not missed: attention gives the layer's prefix as much as before.
+            torch.testing.assert_close(found.exp().sum(), before[layer].exp().sum())
+            assert taken_over[layer] > 0 or len(row) == 5
+        else:
+            assert taken_over[layer] == 0
 
 
 # One's own operation, and times
@@ -371,7 +378,9 @@ def test_a_search_in_half_precision_stays_finite(dtype: torch.dtype, relaxation:
         prompt.token_gate[:, 1:3] = -30.0
     layers, terms = prompt(None), prompt.penalties()
     assert layers[0].keys.dtype == dtype
-    (sum(part.float().sum() for layer in layers for part in layer) + sum(terms.values())).backward()
+    weights = [layer.log_gate.exp() for layer in layers]  # as attention weighs: of a closed token next to nothing
+    parts = [part.float() for layer in layers for part in layer[:2]] + weights
+    (sum(part.sum() for part in parts) + sum(terms.values())).backward()
     assert all(part.isfinite().all() for layer in layers for part in layer)
     assert all(term.isfinite() for term in terms.values()), terms
     assert all(parameter.grad.isfinite().all() for parameter in prompt.architecture_parameters())
@@ -415,8 +424,8 @@ def test_a_step_never_waits_for_the_device(relaxation: str, state: str) -> None:
     if state != "search":
         assert any(0 < len(row) < 5 for row in prompt.architecture().tokens), "some tokens are picked"
     # What was moved once goes along, in whatever precision.
-    assert prompt._widths().dtype == torch.float64 and prompt.float()._widths().dtype == torch.float32
-    assert prompt.to("meta")._widths().device.type == "meta"
+    assert prompt.widths().dtype == torch.float64 and prompt.float().widths().dtype == torch.float32
+    assert prompt.to("meta").widths().device.type == "meta"
 
 
 # The log

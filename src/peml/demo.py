@@ -32,12 +32,13 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "lora+prefix": {"prompt.num_virtual_tokens": 8},
     "mtl-lora": {},
     "peml": {
-        "adapter.r": 4,
+        "adapter.r": 12,
+        "adapter.lora_alpha": 24,
         "prompt.num_virtual_tokens": 16,
         "prompt.budget_tokens": 8.0,
-        "prompt.width": 64,
-        "prompt.embedding_dim": 32,
-        "prompt.head_rank": 32,
+        "prompt.width": 32,
+        "prompt.embedding_dim": 16,
+        "prompt.head_rank": 16,
     },
 }
 """What each method is, beside the rank that makes the budgets equal: `peml` sets the budget."""
@@ -45,8 +46,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 TRAIN: Mapping[str, Any] = {
     "max_length": 64,
     "per_device_train_batch_size": 32,
-    "learning_rate": 4e-3,
-    "prompt_learning_rate": 4e-3,
+    "learning_rate": 2e-3,
+    "prompt_learning_rate": 1e-2,
     "architecture_learning_rate": 2e-2,
     "save_strategy": "no",
     "logging_steps": 20,
@@ -89,7 +90,9 @@ def demo(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any
         if name != "peml":
             sized = match_params(config, bench.model, budget).adapter
             assert sized is not None
-            settings |= {"adapter.r": sized.r, "adapter.lora_alpha": sized.lora_alpha}  # type: ignore[attr-defined]
+            # All at the scale alpha / r of peml: a rate that suits one scale is another's ruin.
+            scale = SETTINGS["peml"]["adapter.lora_alpha"] / SETTINGS["peml"]["adapter.r"]
+            settings |= {"adapter.r": sized.r, "adapter.lora_alpha": scale * sized.r}  # type: ignore[attr-defined]
         recipe = recipe_for(name, steps, seed, settings)
         console.print(f"training [bold]{name}[/] ...")
         started = time.perf_counter()

@@ -284,7 +284,7 @@ def architecture_in(config: PrefixNAS, state: Mapping[str, Tensor]) -> Architect
         candidates=config.operations,
         alpha=_rounded(own["alpha"]),
         # Shifted to an exact budget they are other ones, which only a model of this shape can say.
-        gates=_rounded(gates) if derived or not config.exact_budget else (),
+        gates=_rounded(gates) if derived or not config.exact else (),
     )
 
 

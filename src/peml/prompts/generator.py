@@ -62,13 +62,16 @@ class PrefixGenerator(Prefix):
         self.shape, self.slots = shape, shape.slots
         found, p, h, layers = config.found, config.num_seeds, config.width, len(shape.slots)
         self.columns = config.columns(shape)
-        self.seed = nn.Parameter(torch.randn(p, config.embedding_dim) * 0.02)
+        self.seed = nn.Parameter(torch.randn(p, config.embedding_dim) * (1.0 if config.normalize_kv else 0.02))
         self.into = nn.Parameter(torch.randn(config.embedding_dim, h) / math.sqrt(config.embedding_dim))
         self.cells = nn.ModuleList(
             nn.ModuleList(OPERATIONS[name](p, h) for name in names) for names in config.candidates
         )
-        self.head_in = nn.Parameter(torch.randn(h, max(config.ranks)) * 0.02)
-        self.head_out = nn.Parameter(torch.randn(max(config.ranks), sum(self.columns)) * 0.02)
+        rank = max(config.ranks)
+        scales = (h**-0.5, rank**-0.5) if config.normalize_kv else (0.02, 0.02)
+        self.head_in = nn.Parameter(torch.randn(h, rank) * scales[0])
+        self.head_out = nn.Parameter(torch.randn(rank, sum(self.columns)) * scales[1])
+        self.log_size = nn.Parameter(torch.zeros(layers, 2)) if config.normalize_kv else None
         lengths = [p] * layers if found is None else [max(1, length) for length in found.lengths]
         self.strength, self.alpha, self.head_alpha, self.token_gate, self.layer_gate = (None,) * 5
         if config.gate_init is not None:
@@ -203,9 +206,9 @@ class PrefixGenerator(Prefix):
     def gate_logits(self) -> tuple[Tensor | None, Tensor | None]:
         """Logits beta `[L, P]`, shifted to an exact budget, and gamma `[L]`; None: fixed open."""
         tokens, layers = (None if p is None else self._open(p) for p in (self.token_gate, self.layer_gate))
-        if tokens is not None and self.config.exact_budget and self.searching:
+        if tokens is not None and self.config.exact and self.searching:
             open_layers = tokens.new_ones(len(tokens)) if layers is None else torch.sigmoid(layers)
-            tokens = tokens + cost.common_shift(tokens, open_layers, self._widths(), self.config.budget(self.shape))
+            tokens = tokens + cost.common_shift(tokens, open_layers, self.widths(), self.config.budget(self.shape))
         return tokens, layers
 
     def gates(self) -> tuple[Tensor, Tensor]:
@@ -217,22 +220,26 @@ class PrefixGenerator(Prefix):
             ones[:, 0] if layers is None else torch.sigmoid(layers),
         )
 
-    def log_gates(self) -> Tensor:
-        """`log sigmoid(beta) + log sigmoid(gamma) + s`, `[L, P]`, as attention gets them."""
+    def log_gates(self, draw: bool | None = None) -> Tensor:
+        """`log sigmoid(beta) + log sigmoid(gamma) + s`, `[L, P]`, as attention gets them.
+
+        Args:
+            draw: whether relaxations that draw do so; None: while it is trained and searched.
+        """
+        draw = self._draws if draw is None else draw
         total = self.seed.new_zeros(self.kept.shape, dtype=self._precise)
         if self.searching or self.config.deploys_gates:
             tokens, layers = self.gate_logits()
             for logits in (tokens, None if layers is None else layers[:, None]):
                 if logits is not None:
-                    total = total + relaxation.log_gate(
-                        self.config.gate_relaxation, logits, self.temperature(), self._draws
-                    )
+                    total = total + relaxation.log_gate(self.config.gate_relaxation, logits, self.temperature(), draw)
         if self.strength is not None:
             total = total + self.strength[:, None]
         # A closed token is one that softmax rounds away exactly; infinity would turn into NaN in some kernels.
         return total.clamp_min(-1e4)
 
-    def _widths(self) -> Tensor:
+    def widths(self) -> Tensor:
+        """Numbers that a token stores in each layer, `[L]`."""
         return self.constant("widths", lambda: [slot.width for slot in self.slots])
 
     def forward(self, present: Sequence[int] | None) -> list[LayerPrefix | None]:
@@ -252,14 +259,23 @@ class PrefixGenerator(Prefix):
                 block, gate = block.index_select(0, tokens), None if gate is None else gate.index_select(0, tokens)
             # [P, 2 H D] -> [2, 1, H, P, D]
             both = block.view(-1, 2, slot.num_heads, slot.head_dim).permute(1, 2, 0, 3).unsqueeze(1)
+            if self.log_size is not None:
+                both = self._sized(both, self.log_size[layer])
             layers.append(LayerPrefix(both[0], both[1], gate))
         return layers
+
+    def _sized(self, both: Tensor, log_size: Tensor) -> Tensor:
+        """Keys and values `[2, 1, H, P, D]` at the size of their layer, whatever size the head has made them."""
+        precise = both.to(self._precise)
+        rms = precise.square().mean(-1, keepdim=True).add(1e-12).sqrt()
+        sized: Tensor = precise / rms * log_size.to(self._precise).exp().view(2, 1, 1, 1, 1)
+        return sized.to(both.dtype)
 
     # The search
 
     def expected_cost(self) -> Tensor:
         """Deployed numbers over their budget."""
-        return cost.expected(*self.gates(), self._widths()) / self.config.budget(self.shape)
+        return cost.expected(*self.gates(), self.widths()) / self.config.budget(self.shape)
 
     def penalties(self) -> Mapping[str, Tensor]:
         """Entropy and costs of the open architecture, weighted; nothing once it is derived."""
@@ -271,15 +287,19 @@ class PrefixGenerator(Prefix):
 
     @torch.no_grad()
     def derive(self) -> None:
-        """Close the search: argmax per cell (Eq. 7) and head, and tokens as in `cost.kept`."""
+        """Close the search: argmax per cell (Eq. 7) and head, and tokens as in `cost.kept`.
+
+        Our choice: the tokens that a layer keeps weigh together as much as all did, by its strength.
+        """
         if not self.searching:
             return
+        weight = self.log_gates(draw=False).logsumexp(1)
         tokens, layers = self.gates()
         units = tokens.shape[1] if self.token_gate is not None else 1
         if self.token_gate is not None or self.layer_gate is not None:
             budget = self.config.budget(self.shape)
-            self.kept.copy_(cost.kept(tokens, layers, self._widths(), budget, self.config.threshold, units))
-        if self.token_gate is not None and self.config.exact_budget:
+            self.kept.copy_(cost.kept(tokens, layers, self.widths(), budget, self.config.threshold, units))
+        if self.token_gate is not None and self.config.exact:
             shifted, _ = self.gate_logits()
             assert shifted is not None
             self.token_gate.copy_(shifted)  # the gates stay what they are, without a budget to shift them to
@@ -291,6 +311,9 @@ class PrefixGenerator(Prefix):
             # Of zero, not of none, an optimiser with momentum would still move what has been decided.
             parameter.grad = None
         self._derived = None
+        if self.strength is not None:
+            left = self.log_gates(draw=False).masked_fill(~self.kept, -math.inf).logsumexp(1)
+            self.strength.add_(torch.where(self.kept.any(1), weight - left, 0.0))
 
     def architecture(self) -> Architecture:
         """Operation per cell and tokens per layer, as they stand or were derived."""

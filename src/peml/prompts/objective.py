@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from peml.prompts import relaxation
+from peml.prompts import cost, relaxation
 from peml.prompts.operations import operation_multiply_adds, operation_parameters
 
 if TYPE_CHECKING:
@@ -21,15 +21,23 @@ if TYPE_CHECKING:
 
 
 def undecided(generator: PrefixGenerator) -> Tensor:
-    """How open the choices still are: of cells and head on average, plus gates of tokens, plus gates of layers."""
+    """How open the choices still are: of cells and head on average, plus gates of tokens, plus gates of layers.
+
+    Gates of tokens are drawn apart by it, not closed: an exact budget sees to that, or else `cost.at_equal_cost`.
+    """
     measure = relaxation.zero_one if generator.config.relaxation == "sigmoid" else relaxation.entropy
     cells = measure(generator.cell_weights())
     if generator.head_alpha is not None:
         cells = torch.cat([cells, measure(generator.rank_weights()[None])])
     total = cells.mean()
-    for logits in generator.gate_logits():
-        if logits is not None:
-            total = total + relaxation.binary_entropy(logits).mean()
+    tokens, layers = generator.gate_logits()
+    if tokens is not None:
+        if not generator.config.exact:
+            level = tokens.new_ones(len(tokens)) if layers is None else torch.sigmoid(layers)
+            tokens = cost.at_equal_cost(tokens, level, generator.widths())
+        total = total + relaxation.binary_entropy(tokens).mean()
+    if layers is not None:
+        total = total + relaxation.binary_entropy(layers).mean()
     return total
 
 
@@ -55,7 +63,7 @@ def penalties(generator: PrefixGenerator) -> dict[str, Tensor]:
     config = generator.config
     ramp = (2 * generator.progress - 1).clamp(0, 1)
     terms = {"entropy": config.entropy_weight * ramp * undecided(generator)}
-    if (config.search_tokens or config.search_layers) and not config.exact_budget:
+    if (config.search_tokens or config.search_layers) and not config.exact:
         terms["cost"] = config.cost_weight * torch.relu(generator.expected_cost() - 1)
     if config.parameter_budget is not None:
         excess = expected_parameters(generator) / config.parameter_budget - 1

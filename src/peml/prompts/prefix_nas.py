@@ -25,14 +25,16 @@ class PrefixNAS(PromptConfig):
     """Generate one prefix for all tasks, and search the generator's operations and each layer's length meanwhile.
 
         H_0 = E W_in                    H_c = sum_o a_{c,o} op_o(H_{c-1}),  a_c = relax(alpha_c)
-        K_l, V_l = H_C P_h Q_l          log g_lj = log sigmoid(beta_lj) + log sigmoid(gamma_l) + s_l
+        K_l, V_l = e^n_l rms_norm(H_C P_h Q_l)    log g_lj = log sigmoid(beta_lj) + log sigmoid(gamma_l) + s_l
         loss += lam_H (mean entropy of choices and gates)
                 + lam_KV relu(KV / budget - 1) + lam_P relu(Par / budget - 1) + lam_T relu(Time / budget - 1)
 
     Paper: PEML, arXiv:2605.14055: relaxation by softmax, final architecture by argmax (Eq. 7), trained together with
     LoRA (Algorithm 1). Operations, widths, lengths, head, regularisers and rates are our reconstruction.
     Our choice: gates say alone what is deployed, and begin open; the strength s, trained with the weights and never
-    searched, makes the near-identity start: at -log P - c the whole prefix weighs as much as e^-c tokens.
+    searched, makes the near-identity start: at -log P - c the whole prefix weighs as much as e^-c tokens. Each head's
+    key and value of a token has the root mean square e^n, about that of a model's own: the head alone makes them a
+    tenth of it, and such tokens never come to count (LOG.md).
     A loop without peml's trainers leads the search itself, see docs/search.md.
 
     Args:
@@ -49,10 +51,12 @@ class PrefixNAS(PromptConfig):
         budget_tokens: deployed tokens per layer, on average, that cost nothing; 16 where no budget is given.
         parameter_weight: lam_P.
         parameter_budget: generator parameters that cost nothing; None: no such term.
+        normalize_kv: give keys and values a trained size per layer (n, from 0), whatever size the head gives them.
         gate_init: c of the near-identity start; larger is closer to the base model; None: no strength at all, so that
             tokens begin as ordinary ones.
         gate_after: "keep" deploys the remaining gates as they are, "unit" sets them to 1; the strength stays.
-        gate_threshold: tokens whose gate, or whose layer's gate, is below it are deleted; None: 0.5.
+        gate_threshold: tokens whose gate, or whose layer's gate, is below it are deleted; None: 0.05 of gates that are
+            kept, so that the budget decides among those that are not closed, and 0.5 of those that become 1.
         relaxation: of operations and head: "softmax", "gumbel" (one is drawn and runs) or "sigmoid" (each by itself).
         gate_relaxation: "sigmoid", or "straight_through" (drawn, 0 or 1; those that remain are deployed as 1).
         search_tokens: whether each layer's length is searched; otherwise it is P.
@@ -62,7 +66,9 @@ class PrefixNAS(PromptConfig):
         budget_percent: the same in per cent of the key/value cache of a text.
         budget_context: tokens of that text.
         exact_budget: shift all token gates by a common number so that the expected cost is the budget in every step;
-            at the end tokens go by order alone. There is no cost term then.
+            at the end tokens go by order alone. There is no cost term then. Otherwise, or where tokens are not
+            searched, cost above the budget is a term of the loss; its gradient, the same for all tokens, is so much
+            larger than those that tell them apart that an optimiser like Adam hardly does (LOG.md).
         time_weight: lam_T.
         time_budget: what one run of the cells may take, in millions of multiply-adds, or in the unit of
             `operation_times`; None: no such term.
@@ -72,7 +78,7 @@ class PrefixNAS(PromptConfig):
 
     Shapes:
         E (P, d_e), W_in (d_e, h), alpha (C, operations), P_h (h, q), Q (q, sum of 2 H D over layers),
-        beta (L, P), gamma (L,), s (L,).
+        n (L, 2), beta (L, P), gamma (L,), s (L,).
 
     Raises:
         PemlError: a size below 1, an unknown operation, a temperature of 0, two budgets, a bad architecture.
@@ -93,7 +99,8 @@ class PrefixNAS(PromptConfig):
     budget_tokens: float | None = None
     parameter_weight: float = 0.1
     parameter_budget: int | None = None
-    gate_init: float | None = 2.0
+    normalize_kv: bool = True
+    gate_init: float | None = 0.0
     gate_after: Literal["keep", "unit"] = "keep"
     gate_threshold: float | None = None
     relaxation: Literal["softmax", "gumbel", "sigmoid"] = "softmax"
@@ -104,7 +111,7 @@ class PrefixNAS(PromptConfig):
     budget_mb: float | None = None
     budget_percent: float | None = None
     budget_context: int = 2048
-    exact_budget: bool = False
+    exact_budget: bool = True
     time_weight: float = 0.1
     time_budget: float | None = None
     operation_times: tuple[float, ...] | None = None
@@ -176,8 +183,6 @@ class PrefixNAS(PromptConfig):
         for name in (*given, *(["time_budget"] if self.time_budget is not None else [])):
             if not getattr(self, name) > 0:
                 raise PemlError(f"prompt.{name} must be above 0, not {getattr(self, name)}")
-        if self.exact_budget and not self.search_tokens:
-            raise PemlError("prompt.exact_budget shifts the gates of tokens: it needs prompt.search_tokens")
         times = self.operation_times
         if times is not None and (len(times) != len(self.operations) or min(times) < 0):
             raise PemlError(
@@ -208,11 +213,18 @@ class PrefixNAS(PromptConfig):
         return self.num_virtual_tokens if self.found is None else len(self.found.used)
 
     @property
+    def exact(self) -> bool:
+        """Whether gates are shifted to the budget: there are gates of tokens, and it is wanted."""
+        return self.exact_budget and self.search_tokens
+
+    @property
     def threshold(self) -> float:
         """Gate below which a token or layer is deleted; none with an exact budget, which counts tokens alone."""
-        if self.exact_budget:
+        if self.exact:
             return 0.0
-        return 0.5 if self.gate_threshold is None else self.gate_threshold
+        if self.gate_threshold is not None:
+            return self.gate_threshold
+        return 0.05 if self.gate_after == "keep" and self.gate_relaxation == "sigmoid" else 0.5
 
     @property
     def deploys_gates(self) -> bool:
@@ -258,12 +270,12 @@ class PrefixNAS(PromptConfig):
         return PrefixGenerator(self.fitted(shape), shape)
 
     def num_parameters(self, shape: ModelShape, num_tasks: int) -> int:
-        """P d_e + d_e h + sum ops + h q + q sum 2 H D + L; of a search C |O| + candidates of q + L P + L beside."""
+        """P d_e + d_e h + sum ops + h q + q sum 2 H D + 3 L; of a search C |O| + candidates of q + L P + L beside."""
         own = self.fitted(shape)
         p, h, layers = own.num_seeds, own.width, len(shape.slots)
         cells = sum(operation_parameters(name, p, h) for names in own.candidates for name in names)
         total = own.fixed_parameters() + cells + own.head_parameters(shape, max(own.ranks))
-        total += 0 if own.gate_init is None else layers
+        total += (0 if own.gate_init is None else layers) + 2 * layers * own.normalize_kv
         if own.found is not None:
             return total
         total += own.num_cells * len(own.operations) + (len(own.ranks) if len(own.ranks) > 1 else 0)
