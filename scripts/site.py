@@ -168,8 +168,8 @@ def methods_page() -> str:
     """Every method that a recipe can name."""
     lines = [
         "# Methods\n",
-        "A method is an adapter, a prompt, and how they are trained. `method: NAME` in a recipe; `set:` changes what it "
-        "has, by `adapter.NAME` and `prompt.NAME`. The classes: [adapters](adapters.md), [prompts](prompts.md).\n",
+        "A method is an adapter, a prompt, and how they are trained. `method: NAME` in a recipe; `set:` changes what "
+        "it has, by `adapter.NAME` and `prompt.NAME`. The classes: [adapters](adapters.md), [prompts](prompts.md).\n",
         "| name | adapter | prompt | regime | a plain LoRA in the end | what it is |\n|---|---|---|---|---|---|",
     ]
     for name, row in METHODS.items():
