@@ -378,7 +378,7 @@ def test_ray_runs_the_same_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_killed_with_its_jobs_it_goes_on(tmp_path: Path) -> None:
     """The command itself, in a process that is killed; its jobs end with it."""
     write_model(tmp_path / "model")
-    path = small(tmp_path, compare={"methods": ["lora", "mtl-lora"], "seeds": 2}, train={"max_steps": 60})
+    path = small(tmp_path, compare={"methods": ["lora", "mtl-lora"], "seeds": 2}, train={"max_steps": 20})
     command = [sys.executable, "-m", "peml", "compare", str(path), "--output", str(tmp_path / "out"), "--threads", "1"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     begun = tmp_path / "out" / "mtl-lora" / "0" / "log.jsonl"

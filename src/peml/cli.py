@@ -176,6 +176,18 @@ def compare(
         raise typer.Exit(1)
 
 
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that `peml compare` wrote.")],
+    output: Annotated[Path | None, typer.Option(help="HTML file; default report.html in the folder.")] = None,
+) -> None:
+    """Write a comparison as one HTML file that needs no network, and as Markdown and JSON beside it."""
+    from peml.report import report as write_report
+
+    for path in write_report(folder, output):
+        console.print(f"wrote {escape(str(path))}", soft_wrap=True)
+
+
 @app.command(name="inspect")
 def inspect_run(folder: Annotated[Path, typer.Argument(help="Run or adapter folder.")]) -> None:
     """Show tasks, adapter, prompt, derived architecture, parameters and where a run can be exported to."""

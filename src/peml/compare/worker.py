@@ -35,7 +35,9 @@ def work(kind: str, source: Path, output: Path) -> None:
 
 def _end_with_parent() -> None:
     """Nothing is written into this pipe: it ends when the parent does, however that ended."""
-    sys.stdin.buffer.read()
+    # Without a buffer: a thread that waits in one cannot be left behind when Python ends.
+    while os.read(0, 1):
+        pass
     os._exit(3)
 
 

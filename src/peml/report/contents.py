@@ -1,0 +1,77 @@
+"""What a report shows: the record of a comparison, and from the folders of its runs the curves and the pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peml.compare import CompareFolder
+from peml.training.folder import RunFolder
+
+POINTS = 60
+"""Of a curve: as many as a small panel can show."""
+
+
+def contents_of(folder: CompareFolder) -> dict[str, Any]:
+    """The record, with `curves`, loss over steps by method, and `pictures`, SVG of what was found, by method.
+
+    Raises:
+        PemlError: the folder holds no comparison.
+    """
+    results = folder.read_results()
+    runs = {
+        row["name"]: [RunFolder(folder.path / row["folder"] / str(seed)) for seed in row["seeds"]]
+        for row in results["methods"]
+    }
+    curves = {name: loss_curve([run.log for run in own]) for name, own in runs.items()}
+    pictures = {
+        name: own[0].picture.read_text(encoding="utf-8")
+        for name, own in runs.items()
+        if own and own[0].picture.exists()
+    }
+    found = {
+        name: [metrics["architecture"] for run in own if "architecture" in (metrics := run.read_metrics())]
+        for name, own in runs.items()
+    }
+    return {
+        **results,
+        "curves": {name: curve for name, curve in curves.items() if len(curve) > 1},
+        "pictures": pictures,
+        "architectures": {name: several for name, several in found.items() if several},
+    }
+
+
+def loss_curve(logs: list[Path]) -> list[tuple[float, float]]:
+    """Mean training loss over seeds by step, of steps that all seeds have, thinned out to what can be seen.
+
+    Args:
+        logs: `log.jsonl` of each seed.
+    """
+    curves = [curve for log in logs if (curve := _curve(log))]
+    if not curves:
+        return []
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    thin = max(1, math.ceil(len(steps) / POINTS))
+    # The last step is always shown.
+    kept = sorted({*steps[::-thin]})
+    return [(step, round(statistics.fmean(curve[step] for curve in curves), 5)) for step in kept]
+
+
+def _curve(log: Path) -> Mapping[float, float]:
+    curve: dict[float, float] = {}
+    try:
+        lines = log.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return curve
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the line that was being written when the run was killed
+            continue
+        if isinstance(entry.get("loss"), int | float) and math.isfinite(entry["loss"]):
+            curve[float(entry["step"])] = float(entry["loss"])
+    return curve
