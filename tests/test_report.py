@@ -258,5 +258,5 @@ def test_a_browser_shows_it_on_a_phone(tmp_path: Path) -> None:
     seen = re.search(r'<pre id="out">(.+?)</pre>', done.stdout)
     assert seen is not None, done.stderr[-2000:]
     found = json.loads(seen[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
-    assert found["wide"] <= 360 and found["fetched"] == 0 and found["svgs"] == 11 + 8 + 4 + 12
+    assert found["wide"] <= 360 and found["fetched"] == 0 and found["svgs"] == 11 + 9 + 4 + 12
     assert found["images"] and all(found["images"]) and found["clipped"] == [] and found["size"] == "15px"

@@ -233,6 +233,8 @@ def marks_between(low: float, high: float, count: int) -> list[float]:
 
 def _powers(low: float, high: float) -> list[float]:
     """Round numbers on an axis by factors, between two logarithms."""
+    if high - low < math.log10(4):
+        return marks_between(10.0**low, 10.0**high, 3)
     found = [
         factor * 10.0**power
         for power in range(math.floor(low), math.ceil(high) + 1)

@@ -100,25 +100,26 @@ def _gains(contents: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
             panels.append(dots(row["name"], lines, zero=True))
     note = (
         f"Score less that of {contents['baseline']}, with its {contents['level']:.0%} interval over rows and seeds; "
-        "ticks are seeds. What a method loses comes first. Filled: the difference stands after its test, as in the tables."
+        "ticks are seeds. What a method loses comes first. Filled: the difference stands after its test."
     )
     return _panels(f"Gain over {contents['baseline']} by task", note, panels)
 
 
 def _tasks(contents: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    panels, frozen = [], contents["frozen"]
+    frozen = contents["frozen"] or {"average": None, "tasks": {}}
+    panels = [_scores("average over tasks", [(row["name"], row["average"]) for row in rows], frozen["average"])]
     for task in contents["tasks"]:
         name = task["name"]
-        lines = [
-            Dot(row["name"], own["mean"], own["interval"], own["values"], True, f"{own['mean']:.3f}")
-            for row in rows
-            if (own := row["tasks"].get(name))
-        ]
-        if lines:
-            before = None if frozen is None else frozen["tasks"].get(name)
-            panels.append(dots(f"{name} ({', '.join(task['score'])})", lines, line=before))
-    dashed = " The dashed line is the frozen model." if frozen else ""
+        own = [(row["name"], row["tasks"][name]) for row in rows if name in row["tasks"]]
+        if own:
+            panels.append(_scores(f"{name} ({', '.join(task['score'])})", own, frozen["tasks"].get(name)))
+    dashed = " The dashed line is the frozen model." if contents["frozen"] else ""
     return _panels("Scores", f"Mean over seeds, the interval over rows and seeds; ticks are seeds.{dashed}", panels)
+
+
+def _scores(title: str, own: Sequence[tuple[str, Mapping[str, Any]]], frozen: float | None) -> str:
+    lines = [Dot(name, s["mean"], s["interval"], s["values"], True, f"{s['mean']:.3f}") for name, s in own]
+    return dots(title, lines, line=frozen)
 
 
 def _costs(rows: Sequence[Mapping[str, Any]]) -> str:

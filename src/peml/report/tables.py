@@ -89,10 +89,10 @@ def _quality(contents: Mapping[str, Any]) -> Table:
     before = "" if frozen is None else f" The frozen model has {frozen['average']:.3f}."
     note = (
         f"Mean and standard deviation over seeds of the mean over {len(contents['tasks'])} tasks. Intervals: {level}, "
-        f"by a bootstrap over rows and seeds ({contents['resamples']:,} resamples). p: paired t-test over seeds against "
-        f"{contents['baseline']}, Holm-corrected over the methods. Bold: p below {1 - contents['level']:.2g} and the "
-        f"interval of the gain does not reach zero. Budget: {contents['budget']:,} trained numbers; the column before "
-        f"the last says what was solved for it.{before}"
+        f"by a bootstrap over rows and seeds ({contents['resamples']:,} resamples). p: paired t-test over seeds "
+        f"against {contents['baseline']}, Holm-corrected over the methods. Bold: p below {1 - contents['level']:.2g}, "
+        f"and the interval of the gain does not reach zero. Budget: {contents['budget']:,} trained numbers; "
+        f"`solved` says what was solved for it.{before}"
     )
     header = ("method", "average", level, "gain", "p", "rank", "trained", "off budget", "solved", "seeds")
     return Table("Score on held-out rows", note, header, rows)
@@ -125,9 +125,9 @@ def _training(contents: Mapping[str, Any]) -> Table:
                 Cell(bytes_words(cost["adapter_bytes"])),
                 Cell(bytes_words(cost["peak_memory_bytes"])),
                 Cell(seconds_words(cost["seconds_per_step"])),
-                Cell(seconds_words(seconds["search"] + seconds["discretisation"])),
+                Cell(_spent(seconds["search"] + seconds["discretisation"])),
                 Cell(seconds_words(seconds["training"] + seconds["stages"])),
-                Cell(seconds_words(seconds["tuning"])),
+                Cell(_spent(seconds["tuning"])),
                 Cell(f"{cost['device_hours']:.3g}"),
             ]
         )
@@ -150,6 +150,10 @@ def _training(contents: Mapping[str, Any]) -> Table:
         "hours",
     )
     return Table("What training costs", note, header, rows)
+
+
+def _spent(seconds: float) -> str:
+    return seconds_words(seconds) if seconds else "-"
 
 
 def _inference(contents: Mapping[str, Any]) -> Table | None:
