@@ -128,6 +128,26 @@ def test_markdown_has_every_table_and_what_failed() -> None:
     assert text.index("| task1 | -0.040") < text.index("| task0 | **+0.020")
 
 
+def test_losses_that_stand_are_said_at_once() -> None:
+    given = contents()
+    assert "Above lora on average: lora+prefix, peml." in markdown(given) and "on single tasks" not in markdown(given)
+    given["methods"][2]["versus"]["tasks"]["task1"]["stands"] = True
+    given["methods"][1]["versus"]["average"] |= {"gain": -0.1}
+    text = markdown(given)
+    assert (
+        "Above lora on average: peml. Below lora on average: lora+prefix. Below lora on single tasks: peml (task1)."
+        in text
+    )
+
+
+def test_charts_of_gains_have_one_axis() -> None:
+    given = contents()
+    given["methods"][1]["versus"]["average"] |= {"gain": 0.2, "interval": [0.1, 0.3]}
+    gains = page(given).split("Gain over lora by task")[1].split("<h2>")[0]
+    zeros = re.findall(r'd="M([\d.]+) [\d.]+L[\d.]+ [\d.]+" class="axis"', gains)
+    assert len(zeros) == 2 and len(set(zeros)) == 1
+
+
 def test_one_seed_claims_nothing() -> None:
     given = contents(seeds=1)
     for row in given["methods"]:

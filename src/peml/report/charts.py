@@ -58,7 +58,9 @@ def figure(height: float, title: str, about: str, pieces: Sequence[str]) -> str:
     )
 
 
-def dots(title: str, rows: Sequence[Dot], zero: bool = False, line: float | None = None) -> str:
+def dots(
+    title: str, rows: Sequence[Dot], zero: bool = False, line: float | None = None, reach: Sequence[float] = ()
+) -> str:
     """A dot with its interval for each row, on one axis.
 
     Args:
@@ -66,9 +68,9 @@ def dots(title: str, rows: Sequence[Dot], zero: bool = False, line: float | None
         rows: from top to bottom.
         zero: whether the axis goes through zero, for differences; a line marks it.
         line: a value to compare with, dashed.
+        reach: values that must lie on the axis too, so that several charts have the same.
     """
-    ends = [end for row in rows for end in (*(row.interval or ()), *row.values, row.value)]
-    ends += [0.0] if zero else []
+    ends = [*reach, *ends_of(rows)] + ([0.0] if zero else [])
     ends += [] if line is None else [line]
     marks = marks_between(min(ends), max(ends), 3)
     low, high = min(*ends, *marks), max(*ends, *marks)
@@ -97,6 +99,11 @@ def dots(title: str, rows: Sequence[Dot], zero: bool = False, line: float | None
         pieces.append(text(WIDTH, y + 4, row.shown, "small", "end"))
     about = "; ".join(f"{row.label} {row.shown}" for row in rows)
     return figure(bottom + 20, title, about, pieces)
+
+
+def ends_of(rows: Sequence[Dot]) -> list[float]:
+    """Everything that an axis must reach."""
+    return [end for row in rows for end in (*(row.interval or ()), *row.values, row.value)]
 
 
 def scatter(

@@ -9,7 +9,7 @@ from typing import Any
 
 from peml.compare.words import seconds_words
 from peml.picture.svg import STYLE
-from peml.report.charts import Dot, curves, dots, gain_dot, scatter, shares
+from peml.report.charts import Dot, curves, dots, ends_of, gain_dot, scatter, shares
 from peml.report.reproduce import command, failures, recipe_text, summary, versions
 from peml.report.tables import Cell, Table, losses_first, measured, tables_of
 
@@ -91,13 +91,15 @@ def _panels(title: str, note: str, panels: Sequence[str]) -> str:
 
 
 def _gains(contents: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    panels = []
+    lines: dict[str, list[Dot]] = {}
     for row in rows:
         if row["versus"]:
             tests = row["versus"]["tasks"]
-            lines = [gain_dot("average", row["versus"]["average"])]
-            lines += [gain_dot(task, tests[task]) for task in losses_first(row)]
-            panels.append(dots(row["name"], lines, zero=True))
+            lines[row["name"]] = [gain_dot("average", row["versus"]["average"])]
+            lines[row["name"]] += [gain_dot(task, tests[task]) for task in losses_first(row)]
+    # One axis for all methods, so that a glance compares them.
+    reach = [end for own in lines.values() for end in ends_of(own)]
+    panels = [dots(name, own, zero=True, reach=reach) for name, own in lines.items()]
     note = (
         f"Score less that of {contents['baseline']}, with its {contents['level']:.0%} interval over rows and seeds; "
         "ticks are seeds. What a method loses comes first. Filled: the difference stands after its test."

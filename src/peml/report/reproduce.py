@@ -51,6 +51,14 @@ def summary(contents: Mapping[str, Any]) -> str:
         words.append(f"Above {base} on average: {', '.join(ahead)}.")
     if behind:
         words.append(f"Below {base} on average: {', '.join(behind)}.")
+    if lost := [f"{row['name']} ({', '.join(tasks)})" for row in rows if (tasks := _lost(row))]:
+        words.append(f"Below {base} on single tasks: {'; '.join(lost)}.")
     if failed := failures(contents):
         words.append(f"{len(failed)} of {len(contents['jobs'])} jobs failed.")
     return " ".join(words)
+
+
+def _lost(row: Mapping[str, Any]) -> list[str]:
+    """Tasks on which a method is below the baseline, and its test says so."""
+    tests = row["versus"]["tasks"]
+    return [task for task, test in tests.items() if test["stands"] and test["gain"] < 0]

@@ -91,8 +91,8 @@ def _quality(contents: Mapping[str, Any]) -> Table:
         f"Mean and standard deviation over seeds of the mean over {len(contents['tasks'])} tasks. Intervals: {level}, "
         f"by a bootstrap over rows and seeds ({contents['resamples']:,} resamples). p: paired t-test over seeds "
         f"against {contents['baseline']}, Holm-corrected over the methods. Bold: p below {1 - contents['level']:.2g}, "
-        f"and the interval of the gain does not reach zero. Budget: {contents['budget']:,} trained numbers; "
-        f"`solved` says what was solved for it.{before}"
+        f"and the interval of the gain does not reach zero. Budget: {contents['budget']:,} trained numbers, "
+        f"met by what the column before the last says.{before}"
     )
     header = ("method", "average", level, "gain", "p", "rank", "trained", "off budget", "solved", "seeds")
     return Table("Score on held-out rows", note, header, rows)
