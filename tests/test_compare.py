@@ -254,6 +254,10 @@ def test_folders_of_something_else_are_left_alone(compared: tuple[Path, CompareF
     with pytest.raises(PemlError, match="holds no comparison: there is no results.json"):
         CompareFolder.existing(tmp_path / "out")
     assert sorted(part.name for part in (tmp_path / "out").iterdir()) == ["letter.txt"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(PemlError, match="start it without `accelerate launch`"):
+            compare(compared[0], tmp_path / "new", methods=THREE)
     for key, value in (("seeds", 0), ("workers", 0), ("threads", 0), ("trials", -1)):
         with pytest.raises(PemlError, match=f"--{key} must be"):
             compare(compared[0], tmp_path / "new", methods=THREE, **{key: value})  # type: ignore[arg-type]
@@ -422,3 +426,21 @@ def test_a_recipe_keeps_its_section(tmp_path: Path) -> None:
     assert own.compare is not None and own.compare.methods["lora"].train == {"learning_rate": 1e-3}
     again = Recipe.model_validate(yaml.safe_load(own.to_yaml()))
     assert again.compare == own.compare and json.dumps(yaml.safe_load(own.to_yaml())["compare"])
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_models_that_answer_otherwise_are_compared_too(tmp_path: Path, kind: str) -> None:
+    from test_forms import settings
+
+    path = settings(tmp_path, kind, evaluate_before=False, compare={"methods": ["lora", "mtl-lora"], "seeds": 1})
+    short = load_recipe(path, train={**load_recipe(path).train, "max_steps": 2, "save_strategy": "no"})
+    folder = compare(short, tmp_path / "out", runner=Here())
+    lora, other = folder.read_results()["methods"]
+    assert other["parameters"]["deviation"] == 0 and abs(lora["parameters"]["deviation"]) < 0.1
+    # Heads, where there are any, are trained by all and count.
+    assert ("heads" in lora["cost"]["parts"]) == (kind == "bert")
+    assert sum(lora["cost"]["parts"].values()) == lora["parameters"]["trained"]
+    measure_costs(folder.path / "lora" / "0", tmp_path / "costs.json", rounds=1)
+    found = json.loads((tmp_path / "costs.json").read_text())
+    assert found["prefill"]["mixed batch"] > 0 and ("token" in found) == (kind == "t5")
+    assert ("memory" in found) == (kind == "bert")

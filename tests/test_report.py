@@ -109,6 +109,14 @@ def test_tables_say_what_was_found_and_stress_what_stands() -> None:
     }  # fmt: skip
     running = tables_of(given)[3]
     assert [cell.words for cell in running.rows[0]] == ["lora", "1.200", "1.300", "", "", "1.100", "1.100", "1.010"]
+    parts = {
+        "prompt": [
+            {"average": 0.1, "tasks": {"task0": 0.3, "task1": -0.1}},
+            {"average": 0.0, "tasks": {"task0": 0.1, "task1": -0.1}},
+        ]
+    }
+    ablations = tables_of(given | {"ablations": {"peml": parts}})[-1]
+    assert [cell.words for cell in ablations.rows[0]] == ["peml", "prompt", "+0.050", "+0.200", "-0.100", "2"]
     search = tables_of(searched(given))[-1]
     assert len(search.rows) == 3 and "peml: +0.020" in search.note
 

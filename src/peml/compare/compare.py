@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
@@ -69,6 +70,8 @@ def compare(
     ):
         if value is not None and value < least:
             raise PemlError(f"--{key} must be {least} or more, not {value}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise PemlError("peml compare starts processes of its own: start it without `accelerate launch`")
     folder = CompareFolder(output or Path("runs") / f"{name}-compare")
     console = console or Console(quiet=True)
     with console.status("reading rows, solving sizes"):
@@ -157,7 +160,7 @@ class _Jobs:
         problem = future.exception()
         if problem is not None:
             self.failures[job.name] = " ".join(str(problem).split()) or type(problem).__name__
-        elif future.result() == 0 and job.done(self.plan.section.trials):
+        elif job.done(self.plan.section.trials):
             self.done.add(job)
         else:
             self.failures[job.name] = job.failure()

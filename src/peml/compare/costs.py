@@ -43,10 +43,12 @@ def measure_costs(run: Path, output: Path, rounds: int = ROUNDS) -> None:
     """
     bench, model = open_run(run)
     _, base = load_base(bench.recipe)
-    base.to(next(model.parameters()).device).eval()
-    length = min(LENGTH, bench.max_length - TOKENS)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    base.to(device).eval()
+    length = max(1, min(LENGTH, bench.max_length - TOKENS))
     ids = torch.randint(0, bench.model.config.vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids.to(base.device), "attention_mask": torch.ones_like(ids).to(base.device)}
+    batch = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
     names = list(bench.tasks)
     routes: dict[str, tuple[Any, dict[str, Any]]] = {
         BASE: (base, {}),
@@ -55,8 +57,11 @@ def measure_costs(run: Path, output: Path, rounds: int = ROUNDS) -> None:
         MIXED: (model, {"tasks": [names[i % len(names)] for i in range(ROWS)]}),
     }
     found: dict[str, Any] = {"rows": ROWS, "length": length, "tokens": TOKENS, "rounds": rounds}
-    found["prefill"] = _ratios(_timed({n: _forward(m, batch, own) for n, (m, own) in routes.items()}, rounds))
-    if bench.form == "causal":
+    # An encoder-decoder reads, and begins to write.
+    begins = {"decoder_input_ids": batch["input_ids"][:, :1]} if bench.form == "seq2seq" else {}
+    forwards = {n: _forward(m, batch | begins, own) for n, (m, own) in routes.items()}
+    found["prefill"] = _ratios(_timed(forwards, rounds))
+    if bench.form != "heads":
         whole, first = (
             _timed({n: _writing(m, batch, own, bench, count) for n, (m, own) in routes.items()}, rounds)
             for count in (TOKENS, 1)
@@ -66,7 +71,8 @@ def measure_costs(run: Path, output: Path, rounds: int = ROUNDS) -> None:
             for name in routes
         }
         found["token"] = _ratios(each)
-    found["memory"] = _memory(model, base, routes, length + TOKENS)
+    if bench.form != "seq2seq":  # it has two caches, one of them of the text that it reads
+        found["memory"] = _memory(model, base, routes, length + TOKENS if bench.form == "causal" else 0)
     RunFolder(output.parent).write_json(output, found)
 
 
@@ -117,7 +123,7 @@ def _memory(
 ) -> dict[str, float]:
     """Weights, cache and prefix over weights and cache, counted in bytes.
 
-    The prefix lies once for every task present; the cache has keys and values of all rows.
+    The prefix lies once for every task present; the cache has keys and values of all rows, and an encoder has none.
     """
     config = base.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -75,9 +75,10 @@ class Job:
             return 0
 
     def failure(self) -> str:
-        """The last line of what it printed."""
+        """The last line of what it printed, of a trace the one that says what happened."""
         try:
-            lines = [line for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line]
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+            lines = [line for line in text.splitlines() if line and not line.startswith(" ")]
         except OSError:
             lines = []
         return lines[-1].removeprefix("error: ") if lines else "it ended without a word"
@@ -219,7 +220,7 @@ class CompareFolder:
             if all(part.name.startswith(".") for part in left):
                 shutil.rmtree(run.path)
 
-    def identities(self, plan: Plan, jobs: Sequence[Job]) -> dict[str, str]:
+    def identities(self, jobs: Sequence[Job]) -> dict[str, str]:
         """Fingerprint of the recipe of every training, by the name of the job."""
         return {
             job.name: hashlib.sha256(job.source.read_bytes()).hexdigest()

@@ -87,7 +87,7 @@ def results_of(plan: Plan, folder: CompareFolder, jobs: Sequence[Job], failures:
             }
             for job in jobs
         ],
-        "recipes": folder.identities(plan, jobs),
+        "recipes": folder.identities(jobs),
         "environment": environment(),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ POINTS = 60
 
 
 def contents_of(folder: CompareFolder) -> dict[str, Any]:
-    """The record, with `curves`, loss over steps by method, and `pictures`, SVG of what was found, by method.
+    """The record, and by method its `curves` (loss over steps), `pictures`, `architectures` and `ablations`, if any.
 
     Raises:
         PemlError: the folder holds no comparison.
@@ -37,12 +37,25 @@ def contents_of(folder: CompareFolder) -> dict[str, Any]:
         name: [metrics["architecture"] for run in own if "architecture" in (metrics := run.read_metrics())]
         for name, own in runs.items()
     }
+    ablations = {name: several for name, own in runs.items() if (several := _contributions(own))}
     return {
         **results,
         "curves": {name: curve for name, curve in curves.items() if len(curve) > 1},
         "pictures": pictures,
+        "ablations": ablations,
         "architectures": {name: several for name, several in found.items() if several},
     }
+
+
+def _contributions(runs: Sequence[RunFolder]) -> dict[str, Any]:
+    """What each part gives to the average, by seed, of the runs that `peml evaluate --ablate` has measured."""
+    found: dict[str, Any] = {}
+    for run in runs:
+        if run.evaluation.exists():
+            record = json.loads(run.evaluation.read_text(encoding="utf-8"))
+            for part, own in record.get("contributions", {}).items():
+                found.setdefault(part, []).append(own)
+    return found
 
 
 def loss_curve(logs: list[Path]) -> list[tuple[float, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from peml.compare.words import (
     interval_words,
     p_words,
     seconds_words,
+    signed,
     sized_words,
 )
 
@@ -62,6 +64,7 @@ def losses_first(row: Mapping[str, Any]) -> list[str]:
 def tables_of(contents: Mapping[str, Any]) -> list[Table]:
     """All tables, in their order."""
     found = [_quality(contents), _tasks(contents), _training(contents), _inference(contents), _search(contents)]
+    found.append(_ablations(contents))
     return [table for table in found if table is not None]
 
 
@@ -181,6 +184,24 @@ def _inference(contents: Mapping[str, Any]) -> Table | None:
         *("memory, one task", "mixed", "base / base (prefill / token)"),
     )
     return Table("What running costs", note, header, rows)
+
+
+def _ablations(contents: Mapping[str, Any]) -> Table | None:
+    rows, names = [], [task["name"] for task in contents["tasks"]]
+    for method, parts in contents.get("ablations", {}).items():
+        for part, several in parts.items():
+            means = [statistics.fmean(own["tasks"][task] for own in several) for task in names]
+            whole = statistics.fmean(own["average"] for own in several)
+            rows.append(
+                [Cell(method), Cell(part), *[Cell(signed(value)) for value in (whole, *means)], Cell(str(len(several)))]
+            )
+    note = (
+        "Score of the whole less the score without the part, means over the runs that "
+        "`peml evaluate --ablate` has measured. Contributions need not add up: each part was trained beside the other."
+    )
+    return (
+        Table("What each part contributes", note, ("method", "part", "average", *names, "runs"), rows) if rows else None
+    )
 
 
 def _search(contents: Mapping[str, Any]) -> Table | None:
