@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
+from peml.compare import CompareFolder
 from peml.compare.words import average_words, bytes_words, count_words, gain_words, p_words, seconds_words, signed
 from peml.errors import PemlError
 from peml.picture import draw
 from peml.prompts import Architecture
 from peml.report import report
 from peml.report.charts import Dot, dots, fitted, marks_between, scatter
-from peml.report.contents import loss_curve
+from peml.report.contents import contents_of, loss_curve
 from peml.report.markdown import markdown
 from peml.report.page import page
 from peml.report.tables import losses_first, tables_of
@@ -64,7 +65,7 @@ def contents(methods: int = 3, seeds: int = 3, tasks: int = 2) -> dict[str, Any]
                 "seeds": list(range(seeds)), "parameters": {"trained": 6000 + 10 * place, "deviation": 0.001 * place},
                 "average": summary(average), "tasks": {task: summary(own) for task, own in scores.items()},
                 "versus": versus if place else None, "rank": 1.0 + place, "other_rows": False,
-                "run": {"search": {"gap": {"lost": {"average": 0.02}}}} if name == "peml" else {},
+                "run": {},
                 "cost": {
                     "parts": {}, "deployed": 5000, "adapter_bytes": 24000, "peak_memory_bytes": 5e8, "seconds": seconds,
                     "seconds_per_step": 0.05, "device_hours": 0.02, "devices": {"kind": "cpu threads", "count": 1},
@@ -88,7 +89,7 @@ def searched(given: dict[str, Any]) -> dict[str, Any]:
     from test_picture import found
 
     architecture: Architecture = found()
-    several = [architecture.to_dict() for _ in given["seeds"]]
+    several = [architecture.to_dict() | {"lost": None if seed else -0.5} for seed in given["seeds"]]
     return given | {"pictures": {"peml": draw(architecture)}, "architectures": {"peml": several}}
 
 
@@ -118,7 +119,7 @@ def test_tables_say_what_was_found_and_stress_what_stands() -> None:
     ablations = tables_of(given | {"ablations": {"peml": parts}})[-1]
     assert [cell.words for cell in ablations.rows[0]] == ["peml", "prompt", "+0.050", "+0.200", "-0.100", "2"]
     search = tables_of(searched(given))[-1]
-    assert len(search.rows) == 3 and "peml: +0.020" in search.note
+    assert len(search.rows) == 3 and [row[5].words for row in search.rows] == ["-0.50", "-", "-"]
 
 
 def test_markdown_has_every_table_and_what_failed() -> None:
@@ -288,3 +289,19 @@ def test_a_browser_shows_it_on_a_phone(tmp_path: Path) -> None:
     found = json.loads(seen[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
     assert found["wide"] <= 360 and found["fetched"] == 0 and found["svgs"] == 11 + 9 + 4 + 12
     assert found["images"] and all(found["images"]) and found["clipped"] == [] and found["size"] == "15px"
+
+
+def test_runs_of_a_search_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / "peml" / "0"
+    folder.mkdir(parents=True)
+    gap = {"lost": {"average": 1.5}}
+    own = {"architecture": {"operations": ["a"], "tokens": [[0]]}, "search": {"gap": gap}}
+    (folder / "metrics.json").write_text(json.dumps(own))
+    (folder / "architecture.svg").write_text("<svg/>")
+    (folder / "evaluation.json").write_text(json.dumps({"contributions": {"prompt": {"average": 1, "tasks": {}}}}))
+    rows = [{"name": "peml", "folder": "peml", "seeds": [0]}, {"name": "lora", "folder": "lora", "seeds": []}]
+    (tmp_path / "results.json").write_text(json.dumps({"format": "peml-compare", "methods": rows}))
+    found = contents_of(CompareFolder(tmp_path))
+    assert found["architectures"] == {"peml": [{"operations": ["a"], "tokens": [[0]], "lost": 1.5}]}
+    assert found["pictures"] == {"peml": "<svg/>"} and found["curves"] == {}
+    assert found["ablations"] == {"peml": {"prompt": [{"average": 1, "tasks": {}}]}}

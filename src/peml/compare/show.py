@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from peml.compare.folder import Job
 from peml.compare.plan import Plan
+from peml.compare.words import average_words, count_words, interval_words, p_words, signed
 from peml.training.folder import RunFolder
 
 
@@ -72,32 +74,30 @@ def _column(job: Job) -> str:
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """Mean and standard deviation of every method over its seeds, and its test against the baseline.
+    """Mean and standard deviation of every method over its seeds, and its test; costs are in the report.
 
     Args:
         results: `results.json`.
     """
-    from peml.compare.words import average_words, gain_words, p_words
-
     seeds = len(results["seeds"])
-    table = Table("method", title=f"score on held-out rows, {seeds} seeds, against {results['baseline']}")
-    for column in ("average", "gain (95 %)", "p", "rank", "trained", "deployed", "s/step", "hours"):
+    title = f"score on held-out rows, {seeds} seed{'s' if seeds > 1 else ''}, against {results['baseline']}"
+    # Without lines between the columns it fits eighty letters.
+    table = Table("method", title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("average", "gain", f"{results['level']:.0%}", "p", "rank", "trained"):
         table.add_column(column, justify="right")
     for row in results["methods"]:
         if row["average"] is None:
             table.add_row(Text(row["name"]), Text("failed", "red"))
             continue
-        style = "bold" if row["versus"] and row["versus"]["average"]["stands"] else ""
-        cost = row["cost"]
+        test = row["versus"] and row["versus"]["average"]
+        style = "bold" if test and test["stands"] else ""
         table.add_row(
             Text(row["name"]),
             Text(average_words(row["average"]), style),
-            gain_words(row["versus"] and row["versus"]["average"]),
-            p_words(row["versus"] and row["versus"]["average"]),
-            f"{row['rank']:.2f}" if row["rank"] is not None else "",
-            f"{row['parameters']['trained']:,} ({row['parameters']['deviation']:+.1%})",
-            f"{cost['deployed']:,}",
-            f"{cost['seconds_per_step']:.3g}",
-            f"{cost['device_hours']:.3g}",
+            Text(signed(test["gain"]), style) if test else "",
+            interval_words(test["interval"], sign=True).strip() if test else "",
+            p_words(test),
+            "" if row["rank"] is None else f"{row['rank']:.2f}",
+            count_words(row["parameters"]["trained"]),
         )
     return table

@@ -33,10 +33,7 @@ def contents_of(folder: CompareFolder) -> dict[str, Any]:
         for name, own in runs.items()
         if own and own[0].picture.exists()
     }
-    found = {
-        name: [metrics["architecture"] for run in own if "architecture" in (metrics := run.read_metrics())]
-        for name, own in runs.items()
-    }
+    found = {name: [own for run in several if (own := _found(run))] for name, several in runs.items()}
     ablations = {name: several for name, own in runs.items() if (several := _contributions(own))}
     return {
         **results,
@@ -45,6 +42,15 @@ def contents_of(folder: CompareFolder) -> dict[str, Any]:
         "ablations": ablations,
         "architectures": {name: several for name, several in found.items() if several},
     }
+
+
+def _found(run: RunFolder) -> dict[str, Any] | None:
+    """The architecture of a run, with the points that were `lost` where its search ended; None: none was searched."""
+    metrics = run.read_metrics()
+    if "architecture" not in metrics:
+        return None
+    gap = metrics.get("search", {}).get("gap")
+    return {**metrics["architecture"], "lost": None if gap is None else gap["lost"]["average"]}
 
 
 def _contributions(runs: Sequence[RunFolder]) -> dict[str, Any]:

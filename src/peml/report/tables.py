@@ -217,14 +217,12 @@ def _search(contents: Mapping[str, Any]) -> Table | None:
                     Cell(" → ".join(architecture["operations"])),
                     Cell(", ".join(map(str, lengths))),
                     Cell(str(sum(lengths))),
+                    Cell("-" if architecture["lost"] is None else f"{architecture['lost']:+.2f}"),
                 ]
             )
-    gaps = [
-        f"{row['name']}: {gap['lost']['average']:+.3f}"
-        for row in measured(contents)
-        if (gap := ((row["run"] or {}).get("search") or {}).get("gap"))
-    ]
-    lost = f" Lost by discretisation, first seed (score before, less that after): {'; '.join(gaps)}." if gaps else ""
-    note = f"Each seed has searched for itself.{lost}"
-    header = ("method", "seed", "cells", "tokens kept by layer", "in all")
+    note = (
+        "Each seed has searched for itself. Lost: average just before discretisation less that just after, in points "
+        "(100 times the score)."
+    )
+    header = ("method", "seed", "cells", "tokens kept by layer", "in all", "lost")
     return Table("What the searches found", note, header, rows) if rows else None
