@@ -24,8 +24,8 @@ from peml.compare.costs import measure_costs
 from peml.compare.plan import plan
 from peml.compare.runners import LocalRunner, RayRunner, share
 from peml.compare.show import results_table
-from peml.compare.worker import work
 from peml.compare.words import average_words, count_words
+from peml.compare.worker import work
 from peml.errors import PemlError
 from peml.methods import trainable_parameters
 from peml.training import RunFolder

@@ -95,9 +95,9 @@ def _quality(contents: Mapping[str, Any]) -> Table:
         f"by a bootstrap over rows and seeds ({contents['resamples']:,} resamples). p: paired t-test over seeds "
         f"against {contents['baseline']}, Holm-corrected over the methods. Bold: p below {1 - contents['level']:.2g}, "
         f"and the interval of the gain does not reach zero. Budget: {contents['budget']:,} trained numbers, "
-        f"met by what the column before the last says.{before}"
+        f"for which the size (rank, or length of a prompt) was solved.{before}"
     )
-    header = ("method", "average", level, "gain", "p", "rank", "trained", "off budget", "solved", "seeds")
+    header = ("method", "average", level, "gain", "p", "rank", "trained", "off budget", "size", "seeds")
     return Table("Score on held-out rows", note, header, rows)
 
 
