@@ -445,3 +445,12 @@ def test_models_that_answer_otherwise_are_compared_too(tmp_path: Path, kind: str
     found = json.loads((tmp_path / "costs.json").read_text())
     assert found["prefill"]["mixed batch"] > 0 and ("token" in found) == (kind == "t5")
     assert ("memory" in found) == (kind == "bert")
+
+
+def test_the_section_in_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "compare.md").read_text(encoding="utf-8")
+    section = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["compare"]
+    found = plan(load_recipe(small(tmp_path, compare=section | {"trials": 1})))
+    assert {entry.name for entry in found.entries} == set(section["methods"]) and len(found.seeds) == 5
+    ranges = {entry.name: set(entry.ranges or ()) for entry in found.entries}
+    assert ranges["peml"] == {"train.learning_rate"} and "adapter.r" not in ranges["LoRA at PEML's rank"]
