@@ -149,6 +149,14 @@ def test_losses_that_stand_are_said_at_once() -> None:
     )
 
 
+def test_a_comparison_may_be_counted_in_epochs() -> None:
+    given = contents()
+    assert "3 seeds, 600 steps on toy." in markdown(given)
+    assert "3 seeds, 2.5 epochs on toy." in markdown(
+        given | {"recipe": {"model": "toy", "train": {"num_train_epochs": 2.5}}}
+    )
+
+
 def test_charts_of_gains_have_one_axis() -> None:
     given = contents()
     given["methods"][1]["versus"]["average"] |= {"gain": 0.2, "interval": [0.1, 0.3]}

@@ -29,7 +29,10 @@ class CompareView:
 
     def __init__(self, console: Console, plan: Plan, jobs: Sequence[Job]) -> None:
         self.plan, self.jobs = plan, jobs
-        self.steps = int(plan.recipe.setting("max_steps") or 0)
+        train = plan.recipe.train
+        # How many steps epochs are, the runs alone know.
+        counted = "max_steps" in train or "num_train_epochs" not in train
+        self.steps = int(plan.recipe.setting("max_steps")) if counted else 0
         self.live = Live(self._table(set(), set(), {}), console=console, transient=True, refresh_per_second=2)
 
     def __enter__(self) -> CompareView:

@@ -41,7 +41,7 @@ def summary(contents: Mapping[str, Any]) -> str:
     base, seeds = contents["baseline"], len(contents["seeds"])
     words = [
         f"{len(contents['methods'])} methods, {len(contents['tasks'])} tasks, {seeds} seed{'s' if seeds > 1 else ''}, "
-        f"{contents['recipe']['train'].get('max_steps', 'as many')} steps on {contents['recipe']['model']}."
+        f"{_length(contents['recipe']['train'])} on {contents['recipe']['model']}."
     ]
     if seeds < 2:
         words.append("One seed tests nothing: no difference here is more than a first look.")
@@ -56,6 +56,10 @@ def summary(contents: Mapping[str, Any]) -> str:
     if failed := failures(contents):
         words.append(f"{len(failed)} of {len(contents['jobs'])} jobs failed.")
     return " ".join(words)
+
+
+def _length(train: Mapping[str, Any]) -> str:
+    return f"{train['max_steps']:,} steps" if "max_steps" in train else f"{train.get('num_train_epochs', 0):g} epochs"
 
 
 def _lost(row: Mapping[str, Any]) -> list[str]:
