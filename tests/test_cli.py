@@ -172,3 +172,30 @@ def test_a_task_is_added_from_the_command_line(peml, tmp_path: Path) -> None:  #
         assert code == 2 and "give a recipe, or --from RUN with --add-task FILE" in error
     code, _, error = peml("train", "--from", tmp_path / "run", "--add-task", tmp_path / "new.yaml", "--freeze", "all")
     assert code == 2 and "freeze: input should be 'shared' or 'none', not 'all'" in error
+
+
+def test_methods_are_compared_and_reported(peml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    from peml.compare import compare as real
+    from test_compare import Here, small
+
+    runner = Here(fail=["mtl-lora/0"])
+    asked = {}
+
+    def here(*arguments: object, **settings: object) -> object:
+        asked.update(settings)
+        return real(*arguments, **settings, runner=runner)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("peml.compare.compare", here)
+    path, out = small(tmp_path), tmp_path / "out"
+    code, said, _ = peml("compare", path, "--methods", "lora, mtl-lora", "--seeds", "1", "--output", out)
+    assert code == 1 and asked["methods"] == ["lora", "mtl-lora"] and asked["workers"] == 1
+    assert "failed: mtl-lora, seed 0: it was not to be" in said and "1 of 2 jobs failed" in said
+    runner.fail = []
+    code, said, _ = peml("compare", path, "--methods", "lora,mtl-lora", "--seeds", "1", "--output", out)
+    assert code == 0 and "1 of 2 jobs are finished already" in said and f"peml report {out}" in " ".join(said.split())
+    code, said, _ = peml("report", out)
+    assert code == 0 and "report.html" in said and (out / "report.md").exists()
+    code, _, errors = peml("report", tmp_path)
+    assert code == 2 and "holds no comparison" in errors
+    code, _, errors = peml("compare", path, "--methods", "lora,loora")
+    assert code == 2 and "did you mean lora" in errors

@@ -135,6 +135,59 @@ def tune(
     console.print(f"train with what was found: peml train {escape(str(folder.best))}", soft_wrap=True)
 
 
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file; its section `compare` has what differs.")],
+    methods: Annotated[str, typer.Option(help="Methods, with commas; default as the recipe says.")] = "",
+    seeds: Annotated[int | None, typer.Option(help="Trainings of each; default as the recipe says, or 3.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default runs/NAME-compare.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Method that the others are tested against.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Trials of each method's tuning; 0: none.")] = None,
+    workers: Annotated[int, typer.Option(help="Trainings at a time.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="Threads of each; default an even share.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster, auto or local.")] = None,
+    costs: Annotated[bool, typer.Option("--costs", help="Also measure latency and memory of the trained.")] = False,
+) -> None:
+    """Train methods on equal budgets, with several seeds, and test what they gain; called again, it goes on."""
+    from peml.compare import compare as run_compare
+    from peml.compare.show import results_table
+
+    folder = run_compare(
+        recipe,
+        output,
+        methods=[name.strip() for name in methods.split(",") if name.strip()],
+        seeds=seeds,
+        baseline=baseline,
+        trials=trials,
+        workers=workers,
+        threads=threads,
+        ray=ray,
+        costs=costs,
+        console=console,
+    )
+    results = folder.read_results()
+    console.print(results_table(results))
+    failed = [job for job in results["jobs"] if job["state"] == "failed"]
+    for job in failed:
+        console.print(Text(f"failed: {job['name']}: {job['error']}", "yellow"), soft_wrap=True)
+    console.print(f"results in {escape(str(folder.results))}; read them with: peml report {escape(str(folder.path))}")
+    if failed:
+        console.print(f"{len(failed)} of {len(results['jobs'])} jobs failed; the same command tries them again")
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that `peml compare` wrote.")],
+    output: Annotated[Path | None, typer.Option(help="HTML file; default report.html in the folder.")] = None,
+) -> None:
+    """Write a comparison as one HTML file that needs no network, and as Markdown and JSON beside it."""
+    from peml.report import report as write_report
+
+    for path in write_report(folder, output):
+        console.print(f"wrote {escape(str(path))}", soft_wrap=True)
+
+
 @app.command(name="inspect")
 def inspect_run(folder: Annotated[Path, typer.Argument(help="Run or adapter folder.")]) -> None:
     """Show tasks, adapter, prompt, derived architecture, parameters and where a run can be exported to."""

@@ -19,7 +19,7 @@ from peml.errors import PemlError
 from peml.export import Target, export_targets
 from peml.picture import draw, draw_traces, read_traces
 from peml.prompts import STRUCTURE, Architecture, PrefixNAS, PrefixTuning, architecture_in
-from peml.training.folder import WEIGHTS, RunFolder, check_adapter, write_text
+from peml.training.folder import WEIGHTS, RunFolder, check_adapter, size_of, write_text
 
 _PROMPT = "base_model.model.prompt_host.peml_prompt."
 _BUFFERS = {"choice", "head_choice", "kept", "progress"}
@@ -81,7 +81,7 @@ def inspect_folder(path: str | Path) -> Inspection:
         architecture=architecture,
         lengths=lengths,
         targets=export_targets(config, lengths, unit, architecture is not None and not architecture.derived),
-        bytes=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+        bytes=size_of(folder),
         metrics=metrics,
     )
 

@@ -1,6 +1,6 @@
 """What a model is worth on each task: its metrics, and the loss of the right answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from itertools import islice
 
 from rich.progress import Progress
@@ -28,6 +28,7 @@ def evaluate_tasks(
     form: Form = "causal",
     tasks_kwarg: bool = True,
     progress: Progress | None = None,
+    answers: MutableMapping[str, Answers] | None = None,
 ) -> dict[str, dict[str, float]]:
     """The metrics of each task, with its `score`, `n`, the number of examples, and `loss`.
 
@@ -44,6 +45,7 @@ def evaluate_tasks(
         form: how the model answers.
         tasks_kwarg: whether the model takes `tasks=[name per row]`; a plain model does not.
         progress: shows one line per task, if given.
+        answers: filled with what was answered to the rows of each task, if given.
     """
     for name, examples in examples_by_task.items():
         if name not in tasks:
@@ -61,6 +63,8 @@ def evaluate_tasks(
             predictions, loss = _answers(
                 model, tokenizer, examples, tasks[name], form, max_length, batch_size, tasks_kwarg, advance
             )
+        if answers is not None:
+            answers[name] = answers_of(tasks[name], predictions, examples)
         results[name] = measure(tasks[name], predictions, examples) | {
             "n": float(len(examples)),
             "loss": loss,
@@ -70,8 +74,13 @@ def evaluate_tasks(
 
 def score(values: Mapping[str, float], task: Task) -> float:
     """What one task counts in averages: the mean of its `score` metrics, those that its rows could be measured by."""
-    known = [values[name] for name in task.score if name in values]
-    return sum(known) / len(known) if known else values[task.metrics[0]]
+    names = score_names(values, task)
+    return sum(values[name] for name in names) / len(names)
+
+
+def score_names(values: Mapping[str, float], task: Task) -> list[str]:
+    """The metrics that the score of a task is the mean of."""
+    return [name for name in task.score if name in values] or [task.metrics[0]]
 
 
 def average(results: Mapping[str, Mapping[str, float]], tasks: Mapping[str, Task]) -> float:
@@ -101,18 +110,23 @@ def suite_averages(results: Mapping[str, Mapping[str, float]], tasks: Mapping[st
     return averages
 
 
-def measure(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """The metrics of a task, and `score`, what it counts in averages.
-
-    A metric of a group that none of the rows belongs to is left out.
-    """
-    answers = Answers(
+def answers_of(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> Answers:
+    """What was answered to the rows of a task, beside what would have been right."""
+    return Answers(
         predictions,
         [e.answer if e.value is None else repr(e.value) for e in examples],
         task.choices if isinstance(task.choices, tuple) else (),
         [e.group for e in examples],
         [e.references for e in examples],
     )
+
+
+def measure(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """The metrics of a task, and `score`, what it counts in averages.
+
+    A metric of a group that none of the rows belongs to is left out.
+    """
+    answers = answers_of(task, predictions, examples)
     there = {example.group for example in examples}
     names = [name for name in task.metrics if "/" not in name or name.partition("/")[2] in there]
     if not names:

@@ -15,7 +15,7 @@ WIDTH, MARGIN = 760, 36
 
 INNER = WIDTH - 2 * MARGIN
 
-_STYLE = """
+STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1b1f24;--quiet:#5d6670;--line:#c9cfd6;--faint:#eceff2;
 --main:#0072b2;--soft:#a9cfe6;--mark:#b84e00}
 @media (prefers-color-scheme:dark){:root{--paper:#14171b;--ink:#e8eaed;--quiet:#9aa4af;--line:#444c56;--faint:#23282f;
@@ -42,7 +42,7 @@ def page(height: float, title: str, about: str, pieces: Iterable[str]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" height="{height:g}" '
         f'role="img" aria-labelledby="title about">\n<title id="title">{escape(title)}</title>\n'
-        f'<desc id="about">{escape(about)}</desc>\n<style>{_STYLE}</style>\n'
+        f'<desc id="about">{escape(about)}</desc>\n<style>{STYLE}</style>\n'
         f'<rect class="paper" width="{WIDTH}" height="{height:g}"/>\n' + "\n".join(pieces) + "\n</svg>\n"
     )
 

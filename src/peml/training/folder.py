@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,16 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """PEFT's names of the two files that make an adapter."""
 
 
+LOCK = ".lock"
+"""File that the process holds which is at work in a folder."""
+
+
 class RunFolder:
     """Names of a run's files.
 
-    `recipe.yaml` (resolved), `adapter/` (PEFT's), `metrics.json`, `log.jsonl`, `checkpoints/`; `architecture.json` and
-    its pictures where one was searched; and `stages/`, the runs of a regime's earlier stages.
+    `recipe.yaml` (resolved), `adapter/` (PEFT's), `metrics.json`, `log.jsonl`, `checkpoints/`; `predictions.json`, what
+    was answered to every evaluation row; `architecture.json` and its pictures where one was searched; and `stages/`,
+    the runs of a regime's earlier stages.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -35,6 +42,7 @@ class RunFolder:
         self.log = self.path / "log.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluation.json"
+        self.predictions = self.path / "predictions.json"
         self.architecture = self.path / "architecture.json"
         self.picture, self.curves = self.path / "architecture.svg", self.path / "search.svg"
         self.stages = self.path / "stages"
@@ -97,6 +105,7 @@ class RunFolder:
                 self.log,
                 self.recipe,
                 self.evaluation,
+                self.predictions,
                 self.architecture,
                 self.picture,
                 self.curves,
@@ -189,8 +198,34 @@ def _complete(checkpoint: Path) -> bool:
     return True
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+@contextmanager
+def alone(folder: Path, command: str) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made, as long as the block lasts.
+
+    Args:
+        folder: where to work.
+        command: of both processes.
+
+    Raises:
+        PemlError: another one is at work in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # The file stays: removing it would let a third process lock another one of the same name.
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PemlError(f"another {command} is at work in {folder}: wait, or choose another --output") from None
+        yield

@@ -21,6 +21,7 @@ from peml.prompts import Architecture, Attempt, MultitaskPrompt, PrefixNAS
 from peml.tasks import Task
 from peml.training.arguments import AVERAGE, DEFAULTS, check_best, checked, one_line, training_arguments
 from peml.training.balancing import read_balance, write_balance
+from peml.training.contenders import Compare
 from peml.training.entries import OwnEntry, Section, SuiteEntry, build_tasks, first_problem, read_entry
 from peml.training.folder import RESOLVED
 from peml.training.ranges import Tune, Tuned
@@ -92,6 +93,7 @@ class Recipe(Section):
             evaluation rows; None: the evaluation rows.
         tune: what `peml tune` tries; training ignores it.
         tuned: where its values were found, and at what cost.
+        compare: what `peml compare` does; training ignores it.
     """
 
     model: str
@@ -110,6 +112,7 @@ class Recipe(Section):
     held_out: float | None = Field(None, gt=0)
     tune: Tune | None = None
     tuned: Tuned | None = None
+    compare: Compare | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -328,6 +331,6 @@ def validated(data: dict[str, Any], path: str | Path) -> Recipe:
 
 def _problem(error: ValidationError) -> str:
     location = error.errors(include_url=False)[0]["loc"]
-    sections: Mapping[str, type[Section]] = {"mixing": MixingSection, "tune": Tune, "tuned": Tuned}
+    sections: Mapping[str, type[Section]] = {"mixing": MixingSection, "tune": Tune, "tuned": Tuned, "compare": Compare}
     section = sections.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
     return first_problem(error, list(section.model_fields), FOREIGN_KEYS)

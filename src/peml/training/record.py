@@ -15,6 +15,7 @@ from peml.config import part_to_dict
 from peml.evaluation import average, suite_averages
 from peml.picture import draw, draw_traces, read_traces
 from peml.prompts import PrefixGenerator
+from peml.prompts.base import Prefix
 from peml.prompts.cost import BYTES
 from peml.training.bill import bill_of, devices, origin_of, search_bill
 from peml.training.collapse import collapsed, majority_scores
@@ -23,6 +24,7 @@ from peml.training.progress import RunLog, kept
 from peml.training.search import gap_of
 from peml.training.trainer import MultiTaskTrainer
 from peml.training.workbench import Workbench
+from peml.tuner import PemlModel
 
 
 def record_of(
@@ -55,6 +57,7 @@ def record_of(
         "collapsed": collapsed(majority, metrics["after"]),
         "train_loss": {t: {"first": log.first_loss[t], "last": log.last_loss[t]} for t in log.first_loss},
         "parameters": {part: count(own) for part, own in trained.items() if own},
+        "deployed": deployed(tuner),
         "learning_rates": trainer.learning_rates(),
         "steps": trainer.state.global_step,
         **kept(trainer.args, trainer.state),
@@ -71,6 +74,22 @@ def record_of(
     if isinstance(tuner.prompt, PrefixGenerator):
         record["architecture"] = tuner.prompt.architecture().to_dict()
     return record
+
+
+@torch.no_grad()
+def deployed(tuner: PemlModel) -> dict[str, int]:
+    """Numbers of each part once it is deployed: of a prefix its keys and values for all tasks, however they were made.
+
+    Args:
+        tuner: with the adapter.
+    """
+    config, prompt = tuner.config_in_force, tuner.prompt
+    own = {part: count(list(parameters)) for part, parameters in tuner.parts().items()}
+    if config is not None and isinstance(prompt, Prefix):
+        own.pop("architecture", None)
+        layers = prompt(range(len(config.task_names)) if prompt.needs_task else None)
+        own["prompt"] = sum(layer.keys.numel() + layer.values.numel() for layer in layers if layer is not None)
+    return {part: numbers for part, numbers in own.items() if numbers}
 
 
 def bill_now(

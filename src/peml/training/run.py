@@ -20,11 +20,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from peml.config import PemlConfig
 from peml.errors import PemlError
+from peml.tasks.metrics import Answers
 from peml.training.arguments import one_line
 from peml.training.bill import peak_memory
 from peml.training.data import Collator, TaskRows
 from peml.training.distillation import Distillation
 from peml.training.folder import RunFolder, write_text
+from peml.training.predictions import packed
 from peml.training.probing import probe_heads
 from peml.training.progress import Patience, RunLog, progress_bar
 from peml.training.recipe import Recipe, load_recipe
@@ -130,7 +132,8 @@ def train(
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = log.elapsed()
-        metrics["after"] = bench.evaluate(model, progress)
+        answers: dict[str, Answers] = {}
+        metrics["after"] = bench.evaluate(model, progress, answers)
     wrong = [task for task, scores in metrics["after"].items() if not all(map(math.isfinite, scores.values()))]
     if wrong:
         raise PemlError(f"training diverged: the scores of task {wrong[0]!r} are no numbers; lower the learning rates")
@@ -142,6 +145,7 @@ def train(
         write_architecture(folder, bench, trainer, seconds, stages)
         _save(model, folder)
         draw_search(folder, trainer)
+        write_text(folder.predictions, packed(answers, metrics["after"], bench))
         folder.write_json(folder.metrics, metrics)
     wait()
     if stage.end is not None:
@@ -284,18 +288,26 @@ def check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
     Raises:
         PemlError: naming the first key that differs.
     """
+    if (key := other_recipe(recipe, folder)) is not None:
+        raise PemlError(
+            f"--resume: the run in {folder.path} was started with another recipe ({key} differs); "
+            "go on with the same one, or choose another --output"
+        )
+
+
+def other_recipe(recipe: Recipe, folder: RunFolder) -> str | None:
+    """The first key in which a recipe differs from that of the run in a folder; None: in none, or there is no run."""
     if not folder.is_run:
-        return
-    before = load_recipe(folder.recipe)
+        return None
+    old, new = (yaml.safe_load(each.to_yaml()) for each in (load_recipe(folder.recipe), recipe))
     for key in Recipe.model_fields:
-        old, new = (yaml.safe_load(each.to_yaml()).get(key) for each in (before, recipe))
-        if old != new:
-            if isinstance(old, dict) and isinstance(new, dict):
-                key += "." + next(k for k in {**old, **new} if old.get(k) != new.get(k))
-            raise PemlError(
-                f"--resume: the run in {folder.path} was started with another recipe ({key} differs); "
-                "go on with the same one, or choose another --output"
-            )
+        before, after = old.get(key), new.get(key)
+        if before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            key += "." + next(k for k in {**before, **after} if before.get(k) != after.get(k))
+        return key
+    return None
 
 
 def _same_data(before: Any, now: dict[str, Any], checkpoint: Path | None, folder: RunFolder) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from peml.heads import Heads
 from peml.tasks import Example, Form, Task, encode_choices, encode_prompts
 from peml.tasks.encode_heads import check_heads, encode_heads
 from peml.tasks.encode_seq2seq import encode_seq2seq
+from peml.tasks.metrics import Answers
 from peml.training.arguments import one_line
 from peml.training.recipe import Recipe
 
@@ -131,8 +132,13 @@ class Workbench:
             measure(task, [e.answer if e.value is None else repr(e.value) for e in self.eval[name]], self.eval[name])
         return shortened
 
-    def evaluate(self, model: torch.nn.Module, progress: Progress | None = None) -> dict[str, dict[str, float]]:
-        """Metrics of every task; works for the bare base model too."""
+    def evaluate(
+        self,
+        model: torch.nn.Module,
+        progress: Progress | None = None,
+        answers: MutableMapping[str, Answers] | None = None,
+    ) -> dict[str, dict[str, float]]:
+        """Metrics of every task; works for the bare base model too. `answers` is filled, if given."""
         results = evaluate_tasks(
             model,
             self.tokenizer,
@@ -143,6 +149,7 @@ class Workbench:
             batch_size=self.recipe.setting("per_device_eval_batch_size"),
             tasks_kwarg=isinstance(model, PeftModel),
             progress=progress,
+            answers=answers,
         )
         if self.watch is not None:
             self.watch(results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -13,15 +12,12 @@ from typing import Any
 import torch
 
 from peml.errors import PemlError
-from peml.training.folder import RESOLVED, RunFolder, write_text
+from peml.training.folder import RESOLVED, RunFolder, alone, write_text
 from peml.training.recipe import Recipe, load_recipe
 from peml.training.run import check_same_recipe
 
 STUDY = "peml"
 """Name of the study in its file; Hyperband's brackets hang on it."""
-
-LOCK = ".lock"
-"""File that the process holds which is at work in a folder."""
 
 FOUND = "# Found by peml tune: trains as it is. Its values were chosen on rows held out of the training rows.\n"
 
@@ -106,15 +102,7 @@ class TuneFolder:
         Raises:
             PemlError: another one is at work in it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        # The file stays: removing it would let a third process lock another one of the same name.
-        with (self.path / LOCK).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise PemlError(
-                    f"another `peml tune` is at work in {self.path}: wait, or choose another --output"
-                ) from None
+        with alone(self.path, "`peml tune`"):
             yield
 
     def open_study(self, direction: str) -> Any:
