@@ -51,6 +51,7 @@ ROOMS = [
     "demo",
     "cli_report",
     "cli_tasks",
+    "cli_use",
     "cli",
     "__init__",
     "__main__",
