@@ -23,6 +23,7 @@ ROOMS = [
     "bank",
     "mlp",
     "attention",
+    "batching",
     "hooks",
     "heads",
     "saving",
