@@ -1,4 +1,4 @@
-"""`peml export`: what is done with a finished run."""
+"""`peml export`, `peml serve` and `peml generate`: what is done with a finished run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
+
+from peml.errors import PemlError
 
 console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
@@ -48,3 +50,40 @@ def export(
     console.print(f"exported to {escape(str(done.folder))}", soft_wrap=True, highlight=False)
     if push is not None:
         console.print(f"on the Hub: {escape(push_to_hub(done.folder, push, public=public))}", soft_wrap=True)
+
+
+def serve(
+    folder: Annotated[Path, typer.Argument(help="Folder that `peml train` wrote.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="PEML_API_KEY", show_envvar=True, help="Key that callers must bear.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 1024,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests in flight and waiting; more get 429.")] = 256,
+    max_body_kib: Annotated[int, typer.Option(min=1, help="Largest body; more gets 413.")] = 1024,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for an answer; then 504.")] = 120.0,
+    cache_tokens: Annotated[
+        int, typer.Option(min=32, help="Tokens of all requests together that the cache holds.")
+    ] = 16384,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one step.")] = 1024,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default a GPU if there is one.")] = None,
+) -> None:
+    """Serve every task of a run from one copy of the model, in the form of OpenAI's API."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise PemlError(f"peml serve needs {', '.join(missing)}: pip install 'peml[serve]'")
+    from peml.serving import Limits, open_service
+    from peml.serving import serve as run_server
+    from peml.serving.server import LOOPBACK
+
+    limits = Limits(max_body_kib * 1024, max_tokens, max_requests, timeout, api_key)
+    with console.status("loading the model"):
+        service = open_service(folder, limits, cache_tokens=cache_tokens, max_batch_tokens=batch_tokens, device=device)
+    if api_key is None and host not in LOOPBACK:
+        console.print(Text("note: whoever reaches this address may use it: set --api-key", "yellow"), soft_wrap=True)
+    models = escape(", ".join(service.reader.models))
+    console.print(f"http://{host}:{port}/v1 serves {models}; docs at /docs", soft_wrap=True, highlight=False)
+    run_server(service, host, port)
