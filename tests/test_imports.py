@@ -49,6 +49,7 @@ ROOMS = [
     "export",
     "inspection",
     "serving",
+    "generate",
     "demo",
     "cli_report",
     "cli_tasks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -87,3 +88,34 @@ def serve(
     models = escape(", ".join(service.reader.models))
     console.print(f"http://{host}:{port}/v1 serves {models}; docs at /docs", soft_wrap=True, highlight=False)
     run_server(service, host, port)
+
+
+def generate(
+    folder: Annotated[Path, typer.Argument(help="Folder that `peml train` wrote.")],
+    task: Annotated[str, typer.Option(help="Task of the prompts.")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, as they are.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Prompts, a line each; in .jsonl a text, or the fields of the task's template.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write a .jsonl file: what was asked, and the answer.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; default the task's.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of one batch.")] = 8,
+) -> None:
+    """Answer prompts by a run, a line each: the likeliest choice of a task that has choices, else greedy text."""
+    from peml.generate import generate_run, read_prompts
+    from peml.training.folder import write_text
+    from peml.training.progress import progress_bar
+
+    if bool(prompts) == (file is not None):
+        raise PemlError("give prompts, or --file with some")
+    asked = read_prompts(file) if file is not None else list(prompts or ())
+    with progress_bar(Console(stderr=True)) as progress:
+        answers = generate_run(folder, task, asked, max_new_tokens=max_tokens, batch_size=batch_size, progress=progress)
+    for answer in answers:
+        # A line each, whatever is in them, so that they can be counted.
+        print(answer.replace("\n", "\\n"))
+    if output is not None:
+        rows = [{"task": task, "asked": each, "answer": answer} for each, answer in zip(asked, answers, strict=True)]
+        write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
