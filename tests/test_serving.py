@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -99,7 +102,8 @@ def test_models(server: Server) -> None:
     status, body = server.call("GET", "/v1/models")
     assert status == 200 and [each["id"] for each in body["data"]] == ["run", "size", "color"]
     assert body["data"][1]["choices"] == ["yes", "no"] and body["data"][1]["template"] == "{{ text }} big ?"
-    assert server.call("GET", "/v1/models/color")[1]["kind"] == "generate"
+    color = server.call("GET", "/v1/models/color")[1]
+    assert color["kind"] == "generate" and color["fields"] == ["text"]
     assert server.call("GET", "/v1/models/rte")[0] == 404
 
 
@@ -259,17 +263,14 @@ def test_mistakes(server: Server, path: str, body: Any, status: int, says: str) 
 
 
 def test_a_body_of_unknown_length_is_bounded(server: Server) -> None:
-    connection = server.connection()
-    connection.request(
-        "POST", "/v1/completions", iter([b" " * 3000, b" " * 3000]), {"Transfer-Encoding": "chunked"}, encode_chunked=True
-    )  # fmt: skip
-    assert connection.getresponse().status == 413
-    connection.request(
-        "POST", "/v1/completions", iter([b'{"model": "size", ', b'"prompt": "red"}']),
-        {"Transfer-Encoding": "chunked", "Content-Type": "application/json"}, encode_chunked=True,
-    )  # fmt: skip
-    assert connection.getresponse().status == 200
-    connection.close()
+    headers = {"Transfer-Encoding": "chunked", "Content-Type": "application/json"}
+    for parts, status in (([b" " * 3000] * 2, 413), ([b'{"model": "size", ', b'"prompt": "red"}'], 200)):
+        connection = server.connection()
+        connection.request("POST", "/v1/completions", iter(parts), headers, encode_chunked=True)
+        answer = connection.getresponse()
+        answer.read()
+        connection.close()
+        assert answer.status == status
 
 
 def waits_until(true: Any, seconds: float = 20.0) -> bool:
@@ -374,3 +375,39 @@ def test_prompts_made_from_the_text_are_refused(tmp_path: Path) -> None:
     service = open_service(write_run(tmp_path, "attempt"), cache_tokens=256)
     with pytest.raises(PemlError, match="made from the text"):
         service.engine.start()
+
+
+# The playground.
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def test_the_page_asks_nobody_else(server: Server) -> None:
+    connection = server.connection()
+    connection.request("GET", "/")
+    answer = connection.getresponse()
+    page = answer.read().decode()
+    assert (
+        answer.status == 200 and "default-src 'none'; connect-src 'self'" in answer.headers["Content-Security-Policy"]
+    )
+    assert not re.findall(r"(?:src|href|url)\s*[=(]|https?:|//[a-z]", page)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_answers(server: Server) -> None:
+    """A link with tasks and fields is asked at once; answers stand side by side."""
+    link = f"http://127.0.0.1:{server.port}/#task=size&task=color&text=red%20cat"
+    done = subprocess.run(
+        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom", link],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    page = done.stdout
+    assert 'data-answered="yes"' in page and "run, 2 tasks" in page
+    body = server.post("/v1/classify", model="size", fields={"text": "red cat"})[1]
+    for choice in body["choices"]:
+        assert f">{choice['text']}</span><span>{100 * choice['probability']:.1f} %</span>" in page
+    said = server.post("/v1/completions", model="color", fields={"text": "red cat"}, stop="\n")[1]
+    answers = re.findall(r'<div class="answer">([^<]*)</div>', page)
+    assert answers == [body["answer"], said["choices"][0]["text"].lstrip()]
+    assert page.count(" ms</span>") == 2 and 'class="bad"' not in page

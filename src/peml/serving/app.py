@@ -9,11 +9,12 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
+from importlib.resources import files
 from typing import Any, TypeVar
 
 import torch
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import HTMLResponse, StreamingResponse
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -28,8 +29,15 @@ from peml.serving.sampling import Sampling
 from peml.serving.schema import Chat, Classify, Completion, Generation
 from peml.tasks import Task
 from peml.tasks.encode import encode_choices
+from peml.tasks.render import fields_of
 
 Result = TypeVar("Result")
+
+POLICY = (
+    "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""The playground asks this server and nobody else."""
 
 GONE = 499
 """What the log says of a caller who left; nobody reads it."""
@@ -206,6 +214,12 @@ def build_app(service: Service) -> Any:
     app.state.service = service
     add_handlers(app)
 
+    page = (files("peml") / "assets" / "playground.html").read_text(encoding="utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def playground() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer"})
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         if not service.engine.running:
@@ -233,7 +247,8 @@ def build_app(service: Service) -> Any:
         given = asked.asked
         ready = isinstance(given[0], list)
         prompts = given if ready else service.reader.encoded([service.reader.example(task, each) for each in given])
-        orders = service.orders(asked, prompts, asked.logprobs, asked.max_tokens or min(16, service.limits.max_tokens))
+        most = asked.max_tokens or min(16 if task is None else task.max_new_tokens, service.limits.max_tokens)
+        orders = service.orders(asked, prompts, asked.logprobs, most)
         form = Completions(service.tokenizer, asked.logprobs is not None)
         return await service.answer(request, asked, orders, form, strip=False)
 
@@ -263,8 +278,9 @@ def _model(service: Service, name: str) -> dict[str, Any]:
     about: dict[str, Any] = {"id": name, "object": "model", "created": service.started, "owned_by": "peml"}
     if task is None:
         return about | {"kind": "adapter", "tasks": list(service.reader.tasks)}
-    fields = {"template": task.prompt if isinstance(task.prompt, str) else next(iter(task.prompts), None)}
-    return about | {"kind": task.kind, "choices": list(_choices(task)) or None, **fields}
+    template = next(iter(task.prompts), None)
+    own = {"template": template, "fields": None if template is None else fields_of(template)}
+    return about | {"kind": task.kind, "choices": list(_choices(task)) or None, **own}
 
 
 def _choices(task: Task | None) -> tuple[str, ...]:

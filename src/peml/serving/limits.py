@@ -24,7 +24,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 MODEL = "peml.model"
 """Where a request's scope says which model it was for, for the counters."""
 
-OPEN = ("/health",)
+OPEN = ("/", "/health")
 """What needs no key."""
 
 
@@ -34,7 +34,8 @@ class Limits:
 
     Args:
         body_bytes: of a request.
-        max_tokens: of an answer; where a request does not say, 16 for a completion and this for a chat.
+        max_tokens: of an answer; where a request does not say, the task's own for a completion (16 without one), and
+            this for a chat.
         requests: in flight and waiting; more are told to come again.
         seconds: until an answer must be complete.
         api_key: that callers must bear; None: nobody asks.
