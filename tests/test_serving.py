@@ -387,6 +387,7 @@ def test_the_page_asks_nobody_else(server: Server) -> None:
     connection.request("GET", "/")
     answer = connection.getresponse()
     page = answer.read().decode()
+    connection.close()
     assert (
         answer.status == 200 and "default-src 'none'; connect-src 'self'" in answer.headers["Content-Security-Policy"]
     )
@@ -396,18 +397,24 @@ def test_the_page_asks_nobody_else(server: Server) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_the_page_answers(server: Server) -> None:
-    """A link with tasks and fields is asked at once; answers stand side by side."""
-    link = f"http://127.0.0.1:{server.port}/#task=size&task=color&text=red%20cat"
-    done = subprocess.run(
-        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom", link],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    page = done.stdout
-    assert 'data-answered="yes"' in page and "run, 2 tasks" in page
+    """A link with tasks and fields is asked at once, and says what is wrong side by side.
+
+    Not a streamed answer: Chromium's virtual time does not wait for one.
+    """
+
+    def opened(link: str) -> str:
+        done = subprocess.run(
+            [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom",
+             f"http://127.0.0.1:{server.port}/#{link}"],
+            capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+        assert 'data-answered="yes"' in done.stdout and "run, 2 tasks" in done.stdout
+        return done.stdout
+
+    page = opened("task=size&text=red%20cat")
     body = server.post("/v1/classify", model="size", fields={"text": "red cat"})[1]
+    assert f'<div class="answer">{body["answer"]}</div>' in page and 'class="bad"' not in page
     for choice in body["choices"]:
         assert f">{choice['text']}</span><span>{100 * choice['probability']:.1f} %</span>" in page
-    said = server.post("/v1/completions", model="color", fields={"text": "red cat"}, stop="\n")[1]
-    answers = re.findall(r'<div class="answer">([^<]*)</div>', page)
-    assert answers == [body["answer"], said["choices"][0]["text"].lstrip()]
-    assert page.count(" ms</span>") == 2 and 'class="bad"' not in page
+    page = opened("task=size&task=color&text=" + "red%20" * 70)
+    assert page.count('class="bad"') == 2 and "together more than 64" in page and "longer than 64 tokens" in page
