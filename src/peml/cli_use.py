@@ -86,7 +86,9 @@ def serve(
     if api_key is None and host not in LOOPBACK:
         console.print(Text("note: whoever reaches this address may use it: set --api-key", "yellow"), soft_wrap=True)
     models = escape(", ".join(service.reader.models))
-    console.print(f"http://{host}:{port}/v1 serves {models}; docs at /docs", soft_wrap=True, highlight=False)
+    console.print(
+        f"http://{host}:{port}/v1 serves {models}; a page to try them is at /", soft_wrap=True, highlight=False
+    )
     run_server(service, host, port)
 
 

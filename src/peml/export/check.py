@@ -19,8 +19,12 @@ from torch import Tensor
 from peml.attention import evaluating
 from peml.errors import PemlError
 
-TOLERANCE = 1e-5
-"""Largest difference of logits in single precision, in units of the largest logit where that is above 1."""
+TOLERANCE = 1e-4
+"""Largest difference of logits in single precision, in units of the largest logit where that is above 1.
+
+Our choice: ten times what the tests hold small models to, because sums in another order differ by more in deep ones; an
+export that is wrong is off by far more.
+"""
 
 ROWS, LENGTH, NEW = 2, 12, 8
 

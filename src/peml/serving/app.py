@@ -210,7 +210,10 @@ def build_app(service: Service) -> Any:
         finally:
             await asyncio.to_thread(service.engine.stop, 30.0)
 
-    app = FastAPI(title="peml", description="One adapter, every task.", lifespan=lifespan, redoc_url=None)
+    # The pages that FastAPI makes of its document ask other servers for their scripts.
+    app = FastAPI(
+        title="peml", description="One adapter, every task.", lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     app.state.service = service
     add_handlers(app)
 
