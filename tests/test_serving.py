@@ -344,6 +344,24 @@ def test_what_was_accepted_is_answered_before_the_end(run: Path, alone: Any) -> 
     assert not service.engine.running
 
 
+def test_an_engine_that_breaks_says_so(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To whoever waits, to those who come, and to whoever watches it."""
+    service = open_service(run, cache_tokens=256)
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(service.engine, "_sample", broken)
+    with served(service) as server:
+        asked = {"model": "color", "prompt": "red cat"}
+        status, body = server.post("/v1/completions", **asked)
+        assert status == 503 and body["error"]["type"] == "server_error" and "out of memory" in body["error"]["message"]
+        assert waits_until(lambda: not service.engine.running)
+        assert server.post("/v1/completions", **asked)[0] == 503
+        assert server.post("/v1/classify", model="size", input="red")[0] == 503
+        assert server.call("GET", "/health")[0] == 503 and not service.engine.requests
+
+
 def test_a_shared_adapter_answers_without_a_task(tmp_path: Path) -> None:
     service = open_service(write_run(tmp_path, "lora+prefix"), cache_tokens=256)
     with served(service) as server:
