@@ -374,6 +374,21 @@ def test_a_shared_adapter_answers_without_a_task(tmp_path: Path) -> None:
         assert status == 400 and "go into a task's template" in body["error"]["message"]
 
 
+@torch.no_grad()
+def test_a_shared_adapter_may_be_merged(run: Path, tmp_path: Path) -> None:
+    """Its layers are plain ones then; the prefix stays."""
+    shared = write_run(tmp_path, "lora+prefix")
+    service = open_service(shared, cache_tokens=256, merge=True)
+    assert all(bank.merged for bank in service.engine.tuner._banks())
+    alone = open_adapter(shared)[1:]
+    alone[1].base_model.merge_adapter()
+    with served(service) as server:
+        said = server.post("/v1/completions", model="run", prompt="red cat", max_tokens=8)[1]["choices"][0]["text"]
+    assert said == expected(alone, "red cat", "size", 8)[1]
+    with pytest.raises(PemlError, match="--merge is for a low-rank part that is the same for all tasks"):
+        open_service(run, merge=True)
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [

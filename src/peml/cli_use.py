@@ -69,6 +69,9 @@ def serve(
     ] = 16384,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one step.")] = 1024,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default a GPU if there is one.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Fold a low-rank part that all tasks share into the weights: faster.")
+    ] = False,
 ) -> None:
     """Serve every task of a run from one copy of the model, in the form of OpenAI's API."""
     from importlib.util import find_spec
@@ -82,7 +85,9 @@ def serve(
 
     limits = Limits(max_body_kib * 1024, max_tokens, max_requests, timeout, api_key)
     with console.status("loading the model"):
-        service = open_service(folder, limits, cache_tokens=cache_tokens, max_batch_tokens=batch_tokens, device=device)
+        service = open_service(
+            folder, limits, cache_tokens=cache_tokens, max_batch_tokens=batch_tokens, device=device, merge=merge
+        )
     if api_key is None and host not in LOOPBACK:
         console.print(Text("note: whoever reaches this address may use it: set --api-key", "yellow"), soft_wrap=True)
     models = escape(", ".join(service.reader.models))

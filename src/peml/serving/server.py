@@ -28,6 +28,7 @@ def open_service(
     cache_tokens: int = 16384,
     max_batch_tokens: int = 1024,
     device: str | None = None,
+    merge: bool = False,
 ) -> Service:
     """Load a run once, for all its tasks.
 
@@ -37,6 +38,7 @@ def open_service(
         cache_tokens: of all requests together that the cache holds.
         max_batch_tokens: of one step.
         device: where the model goes; None: a GPU if there is one.
+        merge: fold the low-rank part into the weights first, which rounds it to their precision; a prefix stays.
 
     Raises:
         PemlError: no finished run, an adapter that is damaged or does not fit its base, or one that cannot be batched.
@@ -47,6 +49,10 @@ def open_service(
         raise PemlError(f"{run}: only decoders are served, and {recipe.model} has an encoder: use `peml evaluate`")
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = model.base_model.config_in_force
+    if merge:
+        if config.adapter is None or not config.adapter.foldable or config.adapter.needs_task:
+            raise PemlError(f"{run}: --merge is for a low-rank part that is the same for all tasks: leave it out")
+        model.base_model.merge_adapter()
     tasks = {task.name: task for task in recipe.build_tasks()}
     if list(tasks) != list(config.task_names):
         raise PemlError(
