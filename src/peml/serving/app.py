@@ -171,7 +171,7 @@ class Service:
     def classify(self, asked: Classify) -> dict[str, Any]:
         """The probabilities of choices, between two steps of the engine."""
         task = self.reader.task(asked.model, asked.task)
-        example = self.reader.example(task, asked.fields or asked.input or "")
+        example = self.reader.example(task, asked.input if asked.input is not None else asked.fields or {})
         choices = tuple(asked.choices or example.choices or _choices(task))
         if not choices:
             raise Refused(400, f"{asked.model!r} has no choices of its own: give `choices`", "invalid_request")
@@ -219,31 +219,25 @@ def build_app(service: Service) -> Any:
 
     page = (files("peml") / "assets" / "playground.html").read_text(encoding="utf-8")
 
-    @app.get("/", include_in_schema=False)
     async def playground() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer"})
 
-    @app.get("/health")
     async def health() -> dict[str, str]:
         if not service.engine.running:
             raise Refused(503, "the engine has stopped", "unavailable")
         return {"status": "ok"}
 
-    @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.page(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(service, name) for name in service.reader.models]}
 
-    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         if name not in service.reader.models:
             raise Refused(404, f"there is no model {name!r}", "model_not_found")
         return _model(service, name)
 
-    @app.post("/v1/completions")
     async def completions(asked: Completion, request: Request) -> Any:
         task = service.reader.task(asked.model, asked.task)
         request.scope[MODEL] = asked.model
@@ -255,7 +249,6 @@ def build_app(service: Service) -> Any:
         form = Completions(service.tokenizer, asked.logprobs is not None)
         return await service.answer(request, asked, orders, form, strip=False)
 
-    @app.post("/v1/chat/completions")
     async def chat(asked: Chat, request: Request) -> Any:
         task = service.reader.task(asked.model, asked.task)
         request.scope[MODEL] = asked.model
@@ -267,12 +260,22 @@ def build_app(service: Service) -> Any:
         orders = service.orders(asked, prompts, top, most)
         return await service.answer(request, asked, orders, Chats(service.tokenizer, bool(asked.logprobs)), strip=True)
 
-    @app.post("/v1/classify")
     async def classify(asked: Classify, request: Request) -> dict[str, Any]:
         service.reader.task(asked.model, asked.task)
         request.scope[MODEL] = asked.model
-        return await asyncio.wait_for(asyncio.to_thread(service.classify, asked), service.limits.seconds)
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(service.classify, asked), service.limits.seconds)
+        except asyncio.TimeoutError:
+            raise TimeoutError from None
 
+    app.get("/", include_in_schema=False)(playground)
+    app.get("/health")(health)
+    app.get("/metrics")(metrics)
+    app.get("/v1/models")(models)
+    app.get("/v1/models/{name:path}")(model)
+    app.post("/v1/completions")(completions)
+    app.post("/v1/chat/completions")(chat)
+    app.post("/v1/classify")(classify)
     return Gate(app, service.limits, service.metrics)
 
 

@@ -29,4 +29,5 @@ class Metrics:
 
     def page(self) -> bytes:
         """All of it, in Prometheus' text form."""
-        return generate_latest(self.registry)
+        page: bytes = generate_latest(self.registry)
+        return page
