@@ -41,7 +41,7 @@ NAMES = [
 ]
 
 # Extras of single commands: whoever trains one adapter must not wait for them, nor need them installed.
-HEAVY = {"trl", "optuna", "ray", "lm_eval", "matplotlib"}
+HEAVY = {"trl", "optuna", "ray", "lm_eval", "matplotlib", "fastapi", "uvicorn", "prometheus_client"}
 
 PROBE = """
 import json, socket, sys

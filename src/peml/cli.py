@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peml.cli_tasks import tasks_app
+from peml.cli_use import export, generate, serve
 from peml.errors import PemlError
 
 app = typer.Typer(
@@ -29,6 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(tasks_app, name="tasks")
+app.command()(export)
+app.command()(serve)
+app.command()(generate)
 # Under `accelerate launch` every process runs this file; the first one speaks.
 console = Console(quiet=os.environ.get("RANK", "0") != "0")
 

@@ -7,9 +7,8 @@ so that a deep copy of the model gets its own.
 
 from __future__ import annotations
 
-import copy
 import inspect
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context
 from dataclasses import replace
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peml import attention, routing
+from peml.batching import TaskOf, route_steps, unshared
 from peml.errors import PemlError
 from peml.routing import Forward, Tasks
 
@@ -49,6 +49,9 @@ class Opener(Protocol):
 
     def answer(self, forward: Forward, output: Any, mask: Tensor | None) -> Any:
         """A model's output, with the logits of the heads if there are any."""
+
+    def routed(self, tasks: Tasks) -> AbstractContextManager[None]:
+        """Route every forward in the block."""
 
     def reads_apart(self) -> bool:
         """Whether the texts of a pair are to be read apart."""
@@ -178,23 +181,32 @@ class ForwardHooks:
             )
         return self.originals["generate_batch"](*args, **kwargs)
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, which knows plain names of attention implementations only."""
+    def init_continuous_batching(self, *args: Any, tasks_of: TaskOf | None = None, **kwargs: Any) -> Any:
+        """The model's own, which knows plain names of attention implementations only.
+
+        Args:
+            args: for it.
+            tasks_of: gives the task of a request; None: all have the one of `select_task`.
+            kwargs: for it.
+        """
         try:
             # The steps run in a thread of their own, which knows nothing of what is open here.
-            Context().run(self.opener.open_forward, None, None)
+            if tasks_of is None:
+                Context().run(self.opener.open_forward, None, None)
         except PemlError as error:
             raise PemlError(
-                f"continuous batching serves one task at a time: call select_task() first ({error})"
+                f"continuous batching serves one task at a time: call select_task() first, or pass tasks_of= ({error})"
             ) from error
         hosts = attention.hosts_prompts(self.model)
         if hosts:
             attention.check_paging(self.model)
+        if self.opener.reads_input():
+            raise PemlError("continuous batching cannot serve a prompt that is made from the text: call generate()")
         with attention.named_for_paging(self.model) if hosts else nullcontext():
             manager = self.originals["init_continuous_batching"](*args, **kwargs)
-        # Blocks are shared between prompts that begin alike, whatever task or adapter wrote them.
-        manager.continuous_batching_config = copy.copy(manager.continuous_batching_config)
-        manager.continuous_batching_config.allow_block_sharing = False
+        manager.continuous_batching_config = unshared(manager.continuous_batching_config, tasks_of is not None)
+        if tasks_of is not None:
+            route_steps(manager, tasks_of, self.opener.routed)
         if not hosts:
             return manager
         create = manager._create_batch_processor

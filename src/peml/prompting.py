@@ -21,6 +21,8 @@ from peml.routing import Forward, Route
 class Prompting(Attached):
     """Adds prompts, and computes their keys and values."""
 
+    _kept_prompt: Forward | None = None
+
     def _add_prompt(self, host: PromptHost, adapter_name: str, low_cpu_mem_usage: bool) -> None:
         config = self.peft_config[adapter_name]
         assert config.prompt is not None
@@ -70,9 +72,11 @@ class Prompting(Attached):
         if prompt is None:
             return forward
         route, config = forward.route, self._active_config()
+        kept = self._kept_prompt if host is not None and host.active() is self.prompt else None
+        if kept is not None:
+            return self._from_kept(forward, kept)
         if prompt.needs_task and route is None:
-            names = ", ".join(config.task_names)
-            raise PemlError(f"this adapter has a prompt per task: pass tasks= with one of {names} per row")
+            raise self._no_task()
         assert host is not None
         present = None if route is None else route.present
         if isinstance(prompt, Prefix):
@@ -97,6 +101,49 @@ class Prompting(Attached):
         prefix = soft.run(self.model, tokens, inside)
         offset = soft.position_offset(self.model, tokens.shape[1])
         return replace(forward, prefix=prefix, generated=True, by_row=prompt.reads_input, offset=offset)
+
+    @contextmanager
+    def prompt_kept(self) -> Iterator[None]:
+        """Keys and values of every task are computed once, here, for all forwards inside the block, in all threads.
+
+        For serving: weights that change inside the block change nothing in the prefix. A prompt that is made from the
+        text, or goes through an encoder with it, is computed as ever.
+        """
+        config = self._active_config()
+        every = Route.of_ids(range(len(config.task_names))) if config.needs_task else None
+        prompt, host = self.prompt, self._prompt_host()
+        reads = isinstance(prompt, SoftPrompt) and (
+            prompt.reads_input or (host is not None and soft.sees_ahead(self.model, host))
+        )
+        if prompt is not None and not reads:
+            with torch.no_grad(), evaluating(self.model):
+                self._kept_prompt = self.with_prefix(
+                    Forward(every, model=self.model, adapter=self.adapter_in_force, cores=self._cores(every)), None
+                )
+        try:
+            yield
+        finally:
+            self._kept_prompt = None
+
+    def _no_task(self) -> PemlError:
+        names = ", ".join(self._active_config().task_names)
+        return PemlError(f"this adapter has a prompt per task: pass tasks= with one of {names} per row")
+
+    def _from_kept(self, forward: Forward, kept: Forward) -> Forward:
+        """A forward with its tasks' keys and values out of those of all."""
+        assert kept.prefix is not None
+        route, prefix = forward.route, kept.prefix
+        if kept.route is not None:
+            if route is None:
+                raise self._no_task()
+            chosen = list(route.present)
+            prefix = {
+                slot: layer
+                if layer.keys.shape[0] == 1
+                else layer._replace(keys=layer.keys[chosen], values=layer.values[chosen])
+                for slot, layer in prefix.items()
+            }
+        return replace(forward, prefix=prefix, offset=kept.offset)
 
     @contextmanager
     def prompted_by(self, prompt: Prompt) -> Iterator[None]:

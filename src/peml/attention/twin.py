@@ -97,6 +97,12 @@ def attend(
     if prefix is None:
         return original(query, key, value, attention_mask, scaling=scaling, **kwargs)
 
+    prefix, owned = _side_by_side(prefix, query)
+    if owned is not None and implementation in APART:
+        raise PemlError(
+            "a prefix per task cannot serve rows that pack several tasks in this attention: give one task per row, or "
+            'call set_attn_implementation("sdpa") or ("eager")'
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     plain = not kwargs.get("dropout") and all(kwargs.get(k) is None for k in ("softcap", "s_aux", "position_bias"))
     gate = None if prefix.log_gate is None else prefix.log_gate.to(query.device)
@@ -105,7 +111,7 @@ def attend(
         key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
         call = partial(original, scaling=scaling)
         return APART[implementation](call, query, key, value, attention_mask, prefix.num_tokens, gate, kwargs)  # type: ignore[no-any-return]
-    if query.shape[2] == 1 and implementation == "sdpa" and plain and not torch.is_grad_enabled():
+    if query.shape[2] == 1 and implementation == "sdpa" and plain and owned is None and not torch.is_grad_enabled():
         tables, rows = _tables(prefix, query)
         return attend_one(query, key, value, attention_mask, scaling, tables, gate, rows)
 
@@ -122,6 +128,8 @@ def attend(
         attention_mask = torch.ones(1, 1, s, p + s, dtype=torch.bool, device=query.device).tril(p)
     elif attention_mask is not None:
         attention_mask = F.pad(attention_mask, (p, 0), value=attention_mask.dtype == torch.bool)
+    if owned is not None:
+        attention_mask = _without_others(attention_mask, owned, query, key, as_scores=implementation == "eager")
     if kwargs.get("position_bias") is not None:
         kwargs["position_bias"] = F.pad(kwargs["position_bias"], (p, 0))
 
@@ -196,13 +204,39 @@ def _gather(prefix: LayerPrefix, query: Tensor, shared: bool) -> tuple[Tensor, T
         return tuple(t.repeat_interleave(rows // t.shape[0], 0) for t in (keys, values))  # type: ignore[return-value]
     if keys.shape[0] > 1:
         assert forward is not None and forward.route is not None
-        if forward.route.per_token:
-            raise PemlError("a prefix per task cannot serve rows that pack several tasks: give one task per row")
         index = forward.route.groups(rows, query.device)
         return keys[index], values[index]
     if shared:
         return keys, values
     return keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
+
+
+def _side_by_side(prefix: LayerPrefix, query: Tensor) -> tuple[LayerPrefix, Tensor | None]:
+    """For rows that pack several tasks: their prefixes one beside the other, and which of the tokens each query owns.
+
+    Returns:
+        Keys and values `[1, H, G P, D]`, and `[B or 1, 1, S, G P]`; the prefix as it is, and None, for other rows.
+    """
+    forward = routing.current()
+    groups, heads, tokens, size = prefix.keys.shape
+    if groups == 1 or forward is None or forward.by_row or forward.route is None or not forward.route.per_token:
+        return prefix, None
+    keys, values = (t.transpose(0, 1).reshape(1, heads, groups * tokens, size) for t in prefix[:2])
+    gate = None if prefix.log_gate is None else prefix.log_gate.repeat(groups)
+    owners = torch.arange(groups, device=query.device).repeat_interleave(tokens)
+    index = forward.route.groups(query.shape[0], query.device)
+    return LayerPrefix(keys, values, gate), (index[:, :, None] == owners)[:, None]
+
+
+def _without_others(mask: Tensor | None, owned: Tensor, query: Tensor, key: Tensor, as_scores: bool) -> Tensor:
+    """The mask over `[prefixes; keys]` in which nobody sees the prefix of another task."""
+    allowed = F.pad(owned, (0, key.shape[2]), value=True)
+    if mask is None and not as_scores:
+        return allowed
+    if mask is not None and mask.dtype == torch.bool:
+        return mask & allowed
+    mask = query.new_zeros(1, 1, 1, 1) if mask is None else mask
+    return mask.masked_fill(~allowed, torch.finfo(query.dtype).min)
 
 
 def _tables(prefix: LayerPrefix, query: Tensor) -> tuple[tuple[Tensor, Tensor], Sorted | None]:

@@ -1,7 +1,20 @@
-"""Leaving peml, and coming to it: where an adapter can go, at what price, and prompts to and from stock PEFT."""
+"""Leaving peml, and coming to it: run folders in formats that others load, and prompts to and from stock PEFT."""
 
+from peml.export.formats import FORMATS
 from peml.export.imports import from_peft
+from peml.export.lint import lint
 from peml.export.prompts import to_peft_prompt
+from peml.export.run import Exported, export_run, push
 from peml.export.targets import Target, export_targets
 
-__all__ = ["Target", "export_targets", "from_peft", "to_peft_prompt"]
+__all__ = [
+    "FORMATS",
+    "Exported",
+    "Target",
+    "export_run",
+    "export_targets",
+    "from_peft",
+    "lint",
+    "push",
+    "to_peft_prompt",
+]

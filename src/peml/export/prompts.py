@@ -30,6 +30,8 @@ def to_peft_prompt(
     *,
     kind: str | None = None,
     prompt_only: bool = False,
+    base_folder: str | Path | None = None,
+    shifted_base: bool = False,
 ) -> Path:
     """Write the active adapter's prompt as a stock PEFT adapter, which plain PEFT loads onto the plain base model.
 
@@ -47,6 +49,9 @@ def to_peft_prompt(
         kind: "prefix_tuning", "cartridge", "prompt_tuning" or "multitask_prompt_tuning"; None: what the prompt is,
             that is "prefix_tuning" for keys and values.
         prompt_only: write the prompt though the adapter has more than it, for a base that the rest is merged into.
+        base_folder: what to name as the base model; None: the adapter's own.
+        shifted_base: the base that it goes with has its learned positions moved by P already, see
+            `peml.export.positions`: keys stay as they are.
 
     Returns:
         The folder, with `adapter_config.json` and `adapter_model.safetensors`; nothing is there if it fails.
@@ -64,9 +69,9 @@ def to_peft_prompt(
     assert isinstance(tuner, PemlModel)
     kind = _checked(tuner, config, task, kind, prompt_only)
     present = None if task is None else Route.of(task, config.task_names).present
-    base, prompt = config.base_model_name_or_path, tuner.prompt
+    base, prompt = str(base_folder or config.base_model_name_or_path or "") or None, tuner.prompt
     if kind in PREFIXES:
-        layers = _layers(tuner, present)
+        layers = prefix_layers(tuner, present, turned=not shifted_base)
         _, heads, p, size = layers[0].keys.shape
         shape = {"num_virtual_tokens": p, "num_layers": len(layers), "token_dim": heads * size}
         # Whether PEFT froze tokens while it trained is none of the result's business.
@@ -136,7 +141,13 @@ def _checked(tuner: PemlModel, config: PemlConfig, task: str | int | None, kind:
     return kind
 
 
-def _found(tuner: PemlModel, present: Sequence[int] | None) -> tuple[list[LayerPrefix | None], int]:
+def check_searched(tuner: PemlModel) -> None:
+    """Refuse a prefix whose search is still open."""
+    if isinstance(tuner.prompt, PrefixGenerator) and tuner.prompt.searching:
+        raise PemlError("the search for this prefix is not over: finish its training, or call collapse_prompt()")
+
+
+def found_layers(tuner: PemlModel, present: Sequence[int] | None) -> tuple[list[LayerPrefix | None], int]:
     """What every layer gets, and how far the text moves to make room for it."""
     prompt = tuner.prompt
     if not isinstance(prompt, SoftPrompt):
@@ -146,17 +157,16 @@ def _found(tuner: PemlModel, present: Sequence[int] | None) -> tuple[list[LayerP
     return [forward.prefix[slot] for slot in range(len(forward.prefix))], forward.offset
 
 
-def _layers(tuner: PemlModel, present: Sequence[int] | None) -> list[LayerPrefix]:
-    """Keys and values of every layer, `[1, H, P, D]`, turned to where PEFT has them.
+def prefix_layers(tuner: PemlModel, present: Sequence[int] | None, turned: bool = True) -> list[LayerPrefix]:
+    """Keys and values of every layer, `[1, H, P, D]`, turned to where PEFT has them, or as they are.
 
     Raises:
         PemlError: they are more than PEFT's format can hold.
     """
     base = tuner.model
-    if isinstance(tuner.prompt, PrefixGenerator) and tuner.prompt.searching:
-        raise PemlError("the search for this prefix is not over: finish its training, or call collapse_prompt()")
+    check_searched(tuner)
     with evaluating(tuner):
-        found, offset = _found(tuner, present)
+        found, offset = found_layers(tuner, present)
         lengths = [0 if layer is None else layer.num_tokens for layer in found]
         if len(set(lengths)) > 1:
             raise PemlError(
@@ -172,7 +182,7 @@ def _layers(tuner: PemlModel, present: Sequence[int] | None) -> list[LayerPrefix
             )
         _check_order(tuner, len(layers))
         positions = lengths[0] - offset
-        if positions:
+        if positions and turned:
             check_turning(base)
             with tuner.ablated("adapter"):
                 layers = moved(layers, turns(base), positions)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -143,13 +144,36 @@ def write_stock(
     Raises:
         PemlError: the folder is not empty, or cannot be made.
     """
-    folder = Path(folder).expanduser().absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PemlError(f"{folder} already holds something: give a folder that is new or empty")
     config = KINDS[kind](
         task_type="CAUSAL_LM", inference_mode=True, base_model_name_or_path=base, num_transformer_submodules=1,
         **settings,
     )  # fmt: skip
+    with new_folder(folder) as temporary:
+        config.save_pretrained(str(temporary))
+        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(plain, str(temporary / SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+
+
+def check_new(folder: str | Path) -> Path:
+    """The absolute path of a folder that nothing lies in yet.
+
+    Raises:
+        PemlError: something does.
+    """
+    folder = Path(folder).expanduser().absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PemlError(f"{folder} already holds something: give a folder that is new or empty")
+    return folder
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder that comes to be whole or not at all: what the block writes lies beside it until the end.
+
+    Raises:
+        PemlError: the folder is not empty, or cannot be made.
+    """
+    folder = check_new(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -157,9 +181,7 @@ def write_stock(
     except OSError as error:
         raise PemlError(f"{folder} cannot be made ({error.strerror}): give another folder") from None
     try:
-        config.save_pretrained(str(temporary))
-        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(plain, str(temporary / SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        yield temporary
         os.replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

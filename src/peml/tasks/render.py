@@ -4,7 +4,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, Undefined, UndefinedError
+from jinja2 import StrictUndefined, Template, Undefined, UndefinedError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from peml.errors import PemlError
@@ -51,6 +51,11 @@ _JINJA.tests["none"] = lambda value: value is None or isinstance(value, _Null)
 def compiled(source: str) -> Template:
     """The template, read once."""
     return _JINJA.from_string(source)
+
+
+def fields_of(template: str) -> list[str]:
+    """Fields that a template asks for, in the order of the alphabet; none where it takes the row as a whole."""
+    return sorted(meta.find_undeclared_variables(_JINJA.parse(template)) - {"row"})
 
 
 def render(template: str, row: Row, where: str) -> str:

@@ -173,6 +173,20 @@ class Task:
         references = self._references(row, where)
         return Example(self.name, prompt, answer, choices, origin, texts, value, group, references, turns=turns)
 
+    def question(self, row: Row, origin: str) -> Example:
+        """The example of a row without its answer, to be answered; the template of `answer` is not looked at.
+
+        Raises:
+            PemlError: rows of this task bring their own prompts, or this one lacks a field of the template.
+        """
+        if self.prompt is None:
+            raise self._mistake("prompt", "is missing, because its rows are conversations: give one, not fields")
+        where = f"{origin}: task {self.name!r}"
+        prompt, choices = self._prompt(row, where, "eval"), self._choices(row, where)
+        check_characters(prompt, f"{where}: `prompt`")
+        turns: Turns = (("user", prompt.strip()),) if self.chat else ()
+        return Example(self.name, prompt, "", choices, origin, turns=turns)
+
     def _asked(self, row: Row, where: str, split: Split) -> tuple[Turns, str, str]:
         """The prompt as turns, if it is a conversation, and as plain text; and the raw answer."""
         if self.answer is None:

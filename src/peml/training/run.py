@@ -15,7 +15,7 @@ import yaml
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from peml.config import PemlConfig
@@ -34,7 +34,7 @@ from peml.training.record import draw_search, record_of, write_architecture
 from peml.training.regime import Bilevel, Joint
 from peml.training.streaming import training_rows
 from peml.training.trainer import MultiTaskTrainer
-from peml.training.workbench import Workbench, prepare
+from peml.training.workbench import Workbench, load_base, prepare
 
 
 def train(
@@ -266,6 +266,23 @@ def open_run(path: str | Path) -> tuple[Workbench, PeftModel]:
     folder = RunFolder.existing(path)
     bench = prepare(load_recipe(folder.recipe), training=False)
     return bench, load_adapter(bench.model, folder).eval()
+
+
+def open_adapter(path: str | Path, **train: Any) -> tuple[Recipe, PreTrainedTokenizerBase, PeftModel]:
+    """Recipe, tokenizer and adapted model of a finished run; no rows are read.
+
+    Args:
+        path: folder of the run.
+        train: keys of the recipe's `train` to load it with, `dtype` for one.
+
+    Raises:
+        PemlError: the folder holds no finished run, or its adapter does not fit its base model.
+    """
+    folder = RunFolder.existing(path)
+    recipe = load_recipe(folder.recipe)
+    recipe = recipe.model_copy(update={"train": {**recipe.train, **train}})
+    tokenizer, model = load_base(recipe)
+    return recipe, tokenizer, load_adapter(model, folder).eval()
 
 
 def load_adapter(model: PreTrainedModel, folder: RunFolder, trainable: bool = False) -> PeftModel:

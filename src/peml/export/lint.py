@@ -1,0 +1,119 @@
+"""What will not work outside of peml, said before anything is written."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from peml.attention import changing_rope, encodes_first
+from peml.config import PemlConfig
+from peml.errors import PemlError
+from peml.export.formats import FORMATS
+from peml.export.positions import position_table
+from peml.export.prompts import check_searched, prefix_layers
+from peml.export.targets import MADE_FROM_TEXT, NOT_FOLDABLE
+from peml.routing import Route
+from peml.tuner import PemlModel
+
+VLLM_RANK = 16
+"""vLLM's `--max-lora-rank` where nobody sets it."""
+
+
+class Finding(NamedTuple):
+    """One thing to know of an export.
+
+    Args:
+        stops: whether it cannot be made.
+        text: what, and what to do.
+    """
+
+    stops: bool
+    text: str
+
+
+def lint(tuner: PemlModel, form: str) -> list[Finding]:
+    """What stands against writing the active adapter in a format, and what to mind when it is used.
+
+    Args:
+        tuner: with the adapter.
+        form: a key of `FORMATS`.
+
+    Raises:
+        PemlError: an unknown format.
+    """
+    if form not in FORMATS:
+        raise PemlError(f"--to {form} is unknown: choose {', '.join(FORMATS)}")
+    config = tuner.config_in_force
+    assert config is not None
+    found = [Finding(True, text) for text in _obstacles(tuner, config, form)]
+    return found or [Finding(False, text) for text in _remarks(tuner, config, form)]
+
+
+def _obstacles(tuner: PemlModel, config: PemlConfig, form: str) -> list[str]:
+    if config.heads is not None:
+        return ["its heads answer for whole texts, which no stock format holds: use it with peml"]
+    found = []
+    adapter, prompt = config.adapter, config.prompt
+    if adapter is not None and not adapter.foldable:
+        found.append(f"{NOT_FOLDABLE}: serve it with `peml serve`")
+    if form in ("lora", "merged"):
+        if prompt is not None:
+            found.append("its prompt would be lost, which folds into no weights: use --to prefix, or --to kv")
+        elif adapter is None:
+            found.append("it has no low-rank part")
+    elif prompt is None:
+        found.append("it has no prompt: use --to lora, or --to merged")
+    if form in ("lora", "kv") and config.modules_to_save:
+        saved = ", ".join(config.modules_to_save)
+        found.append(f"it trained whole modules ({saved}), which vLLM refuses in a LoRA: use --to merged or prefix")
+    if not found and prompt is not None:
+        found += _obstacles_of_prompt(tuner, config, form)
+    return found
+
+
+def _obstacles_of_prompt(tuner: PemlModel, config: PemlConfig, form: str) -> list[str]:
+    model, prompt = tuner.model, config.prompt
+    assert prompt is not None
+    if tuner.prompt is not None and getattr(tuner.prompt, "reads_input", False):
+        return [f"{MADE_FROM_TEXT}: serve it with peml"]
+    if encodes_first(model):
+        return ["stock prompts are written for decoders, and this model has an encoder"]
+    try:
+        if form == "kv":
+            check_searched(tuner)
+            return _obstacles_of_kv(model, prompt.at_input)
+        if not prompt.at_input:
+            learned = position_table(model) is not None
+            by_task = prompt.needs_task
+            present = Route.of(0, config.task_names).present if by_task else None
+            prefix_layers(tuner, present, turned=not learned)
+    except PemlError as error:
+        return [str(error)]
+    return []
+
+
+def _obstacles_of_kv(model: Any, at_input: bool) -> list[str]:
+    found = []
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        found.append("its attention is soft-capped, which the loader's SDPA cannot do: use --to prefix")
+    if at_input and position_table(model) is not None:
+        found.append("its text stands behind the tokens of the prompt, in learned positions: use --to prefix")
+    if at_input and changing_rope(model) is not None:
+        found.append("its positions change with the length of the text: use --to prefix")
+    return found
+
+
+def _remarks(tuner: PemlModel, config: PemlConfig, form: str) -> list[str]:
+    found = []
+    if config.adapter is not None and form in ("lora", "kv"):
+        rank = config.adapter.folded_rank(len(config.task_names))
+        if form == "lora" and rank > VLLM_RANK:
+            found.append(f"rank {rank}: start vLLM with --max-lora-rank {rank} or the next that it offers")
+    if form == "lora" and config.adapter is not None and not config.adapter.needs_task:
+        found.append("the same for all tasks: one adapter, and one LoRA id where it is served")
+    if form == "prefix" and config.prompt is not None and not config.prompt.at_input:
+        found.append("in a direct call with left padding PEFT wants position_ids; `generate` makes them")
+        if getattr(tuner.model.config.get_text_config(), "sliding_window", None):
+            found.append("a layer with a sliding window forgets PEFT's prefix in texts longer than the window")
+    if form in ("prefix", "kv"):
+        found.append("vLLM, SGLang and llama.cpp load no key/value prefix: serve it with PEFT, or with `peml serve`")
+    return found

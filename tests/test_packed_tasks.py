@@ -1,0 +1,128 @@
+"""Texts of several tasks in one row: each sees the prefix of its own task, and in continuous batching too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+import families
+import peml
+from models import TASKS, adapt, assert_same, gradients, probe_loss, shake, tiny, tokens
+from peml import PemlError
+
+PROMPTS: dict[str, tuple[Any, Any]] = {
+    "per task": (None, peml.PrefixTuning(3, per_task=True)),
+    "per task, gated": (peml.LoRA(r=2), peml.PrefixTuning((3, 1), per_task=True, gated=True)),
+    "soft, per task": (peml.MTLLoRA(r=2), peml.PromptTuning(2, per_task=True)),
+    "shared, adapter by task": (peml.MTLLoRA(r=2), peml.PrefixTuning(3)),
+    "no prompt": (peml.SingleTaskLoRA(r=2), None),
+}
+LENGTHS, OF = (4, 1, 6), ("rte", "cola", "rte")
+
+
+def made(kind: str, attention: str = "sdpa", family: str = "llama") -> Any:
+    return adapt(tiny(family, attention), *PROMPTS[kind])
+
+
+def packed() -> tuple[list[torch.Tensor], dict[str, Any]]:
+    texts = [tokens(1, length) for length in LENGTHS]
+    return texts, {
+        "input_ids": torch.cat(texts, dim=1),
+        "position_ids": torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        "tasks": [[task for task, length in zip(OF, LENGTHS, strict=True) for _ in range(length)]],
+        "use_cache": False,
+    }
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_packed_rows_equal_their_texts(kind: str, attention: str) -> None:
+    """Outputs and gradients; transformers' eager attention and its rotations are in single precision."""
+    model, (texts, row) = made(kind, attention), packed()
+    exact = attention == "sdpa" and "soft" not in kind
+    close = {"rtol": 1e-8, "atol": 1e-9} if exact else {"rtol": 1e-5, "atol": 2e-5}
+    steep = close if exact else {"rtol": 5e-3, "atol": 5e-3}
+    found = model(**row).logits
+    probe_loss(found).backward()
+    whole = gradients(model)
+    alone = torch.cat([model(input_ids=text, tasks=task).logits for text, task in zip(texts, OF, strict=True)], dim=1)
+    torch.testing.assert_close(found, alone, **close)
+    probe_loss(alone).backward()
+    assert_same(whole, gradients(model), **steep)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_rows_of_other_implementations_are_refused() -> None:
+    model, (_, row) = made("per task"), packed()
+    model.base_model.model.set_attn_implementation("flex_attention")
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.raises(PemlError, match=r'pack several tasks.*set_attn_implementation\("sdpa"\)'),
+    ):
+        model(**row)
+
+
+def batched(model: Any, requests: list[tuple[str, list[int]]], new: int) -> list[list[int]]:
+    """Tokens of requests of several tasks, in one manager."""
+    settings = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=1)
+    base, tasks = model.base_model.model, dict(enumerate(task for task, _ in requests))
+    manager = base.init_continuous_batching(
+        generation_config=settings, continuous_batching_config=families.SMALL, tasks_of=lambda name: tasks[int(name)]
+    )
+    # Before it starts, so that they share batches for certain.
+    for number, (_, ids) in enumerate(requests):
+        manager.add_request(ids, request_id=str(number), max_new_tokens=new)
+    manager.start()
+    try:
+        answers = [manager.get_result(timeout=20) for _ in requests]
+    finally:
+        manager.stop(block=True, hard_stop=True)
+    found = {int(answer.request_id): answer.generated_tokens for answer in answers}
+    return [found[number] for number in range(len(requests))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"), [*((kind, "llama") for kind in PROMPTS), ("soft, per task", "gpt2"), ("per task", "gpt2")]
+)
+@torch.no_grad()
+def test_requests_of_different_tasks_share_a_batch(kind: str, family: str) -> None:
+    """The tokens of each request alone; with the prefixes kept, and without."""
+    model, new = made(kind, family=family), 5
+    requests = [(TASKS[number % 3], tokens(1, 3 + number)[0].tolist()) for number in range(7)]
+    plain = {"do_sample": False, "max_new_tokens": new}
+    wanted = [
+        model.generate(torch.tensor([ids]), tasks=task, **plain)[0, len(ids) :].tolist() for task, ids in requests
+    ]
+    assert batched(model, requests, new) == wanted
+    with model.base_model.prompt_kept():
+        assert batched(model, requests, new) == wanted
+    assert model.base_model._kept_prompt is None
+
+
+@torch.no_grad()
+def test_a_kept_prompt_is_computed_once() -> None:
+    """And stays what it was, whatever happens to the weights meanwhile."""
+    model, (texts, row) = made("soft, per task"), packed()
+    wanted, seen = model(**row).logits, []
+    layer = model.base_model.model.model.layers[0]
+    with model.base_model.prompt_kept():
+        layer.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[:2])))
+        torch.testing.assert_close(model(**row).logits, wanted)
+        assert seen == [(1, sum(LENGTHS))]
+        torch.testing.assert_close(model(input_ids=texts[0], tasks="rte").logits, wanted[:, :4])
+        with model.disable_adapter():
+            assert not torch.allclose(model(input_ids=texts[0]).logits, wanted[:, :4])
+        shake([model.base_model.prompt.tokens], 1.0)
+        torch.testing.assert_close(model(**row).logits, wanted)
+        with pytest.raises(PemlError, match="a prompt per task: pass tasks="):
+            model(input_ids=texts[0])
+    assert not torch.allclose(model(**row).logits, wanted)
+
+
+def test_a_prompt_made_from_the_text_is_not_batched() -> None:
+    model = adapt(tiny(), prompt=peml.Attempt(2, num_sources=1, projection_dim=3))
+    with pytest.raises(PemlError, match="cannot serve a prompt that is made from the text"):
+        model.base_model.model.init_continuous_batching(tasks_of=lambda name: 0)
