@@ -272,7 +272,7 @@ def prefix_nas(tensors: Tensors, settings: Settings, shapes: Sequence[tuple[int,
                 vectors = [block[j, first : first + size] for j in tokens]
                 if settings["normalize_kv"]:
                     grown = torch.exp(tensors["log_size"][layer, n])
-                    vectors = [vector / (vector * vector).mean().sqrt() * grown for vector in vectors]
+                    vectors = [vector / ((vector * vector).mean() + 1e-12).sqrt() * grown for vector in vectors]
                 rows.append(torch.stack(vectors))
             both.append(torch.stack(rows))
         keys, values = both
