@@ -9,6 +9,7 @@ from typing import Protocol
 from rich.console import Console
 
 from peml.regimes.distil_then_adapt import distil_then_adapt
+from peml.regimes.grouped import grouped
 from peml.regimes.grow import grow, grown_recipe
 from peml.regimes.retrain import retrain
 from peml.regimes.sequential import sequential
@@ -43,6 +44,9 @@ REGIMES: Mapping[str, Regime] = {
     "alternate": joint,
     "unrolled": joint,
     "retrain": retrain,
+    # One training too, behind the choice of groups.
+    "one_plus_n": grouped,
+    "progressive": grouped,
 }
 """Every regime by the name that recipes and methods have for it."""
 

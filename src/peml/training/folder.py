@@ -24,7 +24,8 @@ class RunFolder:
     """Names of a run's files.
 
     `recipe.yaml` (resolved), `adapter/` (PEFT's), `metrics.json`, `log.jsonl`, `checkpoints/`; `architecture.json` and
-    its pictures where one was searched; and `stages/`, the runs of a regime's earlier stages.
+    its pictures where one was searched; `affinity.json` and its picture where clusters were found; and `stages/`, the
+    runs of a regime's earlier stages.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -37,6 +38,7 @@ class RunFolder:
         self.evaluation = self.path / "evaluation.json"
         self.architecture = self.path / "architecture.json"
         self.picture, self.curves = self.path / "architecture.svg", self.path / "search.svg"
+        self.affinity, self.affinities = self.path / "affinity.json", self.path / "affinity.svg"
         self.stages = self.path / "stages"
 
     @classmethod
@@ -100,6 +102,8 @@ class RunFolder:
                 self.architecture,
                 self.picture,
                 self.curves,
+                self.affinity,
+                self.affinities,
             ):
                 file.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)

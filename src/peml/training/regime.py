@@ -11,6 +11,7 @@ from peml.errors import PemlError
 from peml.prompts import PrefixNAS
 from peml.training.arguments import checked
 from peml.training.entries import Section, first_problem
+from peml.training.grouping import OnePlusN, Progressive
 
 
 class Joint(Section):
@@ -190,7 +191,7 @@ class Retrain(Searched):
     name: Literal["retrain"] = "retrain"
 
 
-Regime = Joint | DistilThenAdapt | Grow | Sequential | Alternate | Unrolled | Retrain
+Regime = Joint | DistilThenAdapt | Grow | Sequential | Alternate | Unrolled | Retrain | OnePlusN | Progressive
 """The section of any regime."""
 
 REGIMES: dict[str, Any] = {
@@ -201,6 +202,8 @@ REGIMES: dict[str, Any] = {
     "alternate": Alternate,
     "unrolled": Unrolled,
     "retrain": Retrain,
+    "one_plus_n": OnePlusN,
+    "progressive": Progressive,
 }
 """Every regime that a recipe can name."""
 
