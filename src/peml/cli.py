@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from peml.cli_affinity import affinity, transfer
 from peml.cli_tasks import tasks_app
 from peml.errors import PemlError
 
@@ -29,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(tasks_app, name="tasks")
+app.command()(affinity)
+app.command()(transfer)
 # Under `accelerate launch` every process runs this file; the first one speaks.
 console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
@@ -43,6 +46,7 @@ def train(
     add_task: Annotated[Path | None, typer.Option(help="YAML file with the tasks that it gets.")] = None,
     freeze: Annotated[str, typer.Option(help="With --from: shared (train the new tasks alone) or none.")] = "shared",
     init: Annotated[str, typer.Option(help="With --from: identity, mean, or copy:TASK.")] = "identity",
+    beside: Annotated[str | None, typer.Option(help="With --from: the task whose groups they join.")] = None,
     architecture: Annotated[
         str | None, typer.Option(help="Architecture file of an earlier search, or random:SEED: nothing is searched.")
     ] = None,
@@ -55,7 +59,7 @@ def train(
     if (run is None) != (add_task is None) or (run is None) == (recipe is None):
         raise PemlError("give a recipe, or --from RUN with --add-task FILE")
     if run is not None and add_task is not None:
-        what = regimes.grown_recipe(run, add_task, freeze, init)
+        what = regimes.grown_recipe(run, add_task, freeze, init, beside)
         output = output or run.with_name(f"{run.name}+{add_task.stem}")
     if architecture is not None:
         if recipe is None:

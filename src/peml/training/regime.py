@@ -76,6 +76,8 @@ class Grow(Section):
         tasks: the new ones, the last of the recipe.
         freeze: "shared": train only what belongs to the new tasks alone, on their rows; "none": everything, on all.
         init: where the new tasks' own parameters start, as in `PemlModel.add_task`.
+        beside: of an adapter with groups: the task whose groups they join, which may be the first of them; None: each
+            has groups of its own.
     """
 
     name: Literal["grow"] = "grow"
@@ -83,6 +85,7 @@ class Grow(Section):
     tasks: list[str] = Field(min_length=1)
     freeze: Literal["shared", "none"] = "shared"
     init: str = "identity"
+    beside: str | None = None
 
     def trained(self, tasks: Sequence[str]) -> list[str]:
         """Tasks whose rows are trained on."""
