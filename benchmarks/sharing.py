@@ -59,6 +59,8 @@ def base_of(options: Namespace, seed: int) -> dict[str, Any]:
         data: dict[str, Any] = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
         data |= {"model": options.model}
         data["tasks"][0]["path"] = options.data
+        limits = {"limit_train": options.train_rows, "limit_eval": options.eval_rows}
+        data["tasks"][0] |= {key: limit for key, limit in limits.items() if limit is not None}
     else:
         entries = write_families(Path(options.work) / f"rows-{seed}", seed, options.train_rows, options.eval_rows)
         data = {"model": "toy", "tasks": entries, "mixing": {"by": "equal"}, "evaluate_before": False}
@@ -156,8 +158,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default 200 and 1200")
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--batches", type=int, default=8)
-    parser.add_argument("--train-rows", type=int, default=128, help="toy: of each task")
-    parser.add_argument("--eval-rows", type=int, default=60, help="toy: of each task")
+    parser.add_argument("--train-rows", type=int, help="of each task; default 128, and as the recipe says")
+    parser.add_argument("--eval-rows", type=int, help="of each task; default 60, and all")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     toy = options.what == "toy"
@@ -165,6 +167,8 @@ def main() -> None:
     options.steps = options.steps or (200 if toy else 1200)
     options.seeds = options.seeds or (5 if toy else 3)
     options.affinity_seeds = max(options.seeds, options.affinity_seeds or (10 if toy else 3))
+    if toy:
+        options.train_rows, options.eval_rows = options.train_rows or 128, options.eval_rows or 60
     if not toy and options.data is None:
         parser.error("encoder needs --data")
     if "OMP_NUM_THREADS" in os.environ:

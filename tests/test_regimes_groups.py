@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 import peml
 from peml import PemlError
 from peml.affinity import Affinity
+from peml.inspection import inspect_folder, show
+from peml.regimes import grown_recipe
 from peml.training import RunFolder, open_run
-from peml.training.recipe import Recipe
+from peml.training.recipe import Recipe, validated
 from workshop import recipe, write_model
 
 CLUSTERS = [["size", "third"], ["color"]]
@@ -28,7 +32,7 @@ def whole(folder: Path, how: Any, **changes: Any) -> Recipe:
     del data["method"]
     data["tasks"].append(data["tasks"][0] | {"name": "third"})
     data["train"] |= {"max_steps": 6, "logging_steps": 1, **changes.pop("train", {})}
-    return Recipe.model_validate(data | changes)
+    return validated(data | changes, folder / "recipe.yaml")
 
 
 def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
@@ -45,6 +49,10 @@ def test_clusters_that_are_given_are_trained_side_by_side(tmp_path: Path) -> Non
     keys = weights(folder)
     assert {key.split(".members.")[1].split(".")[0] for key in keys} == {"0", "1"}
     assert all(value.abs().max() > 0 for key, value in keys.items() if key.endswith(".up"))
+    console = Console(record=True, width=160)
+    show(inspect_folder(folder.path), console)
+    said = console.export_text()
+    assert "until 1.00: size, third | color" in said and "of the adapter's parameters for a task" in said
     _, model = open_run(folder.path)
     assert model.base_model.cluster_of("third") == ["size", "third"]
     again = peml.train(whole(tmp_path, {"name": "one_plus_n", "clusters": CLUSTERS}), tmp_path / "again")
@@ -93,13 +101,9 @@ def test_one_cluster_is_a_joint_training_and_each_task_alone_its_own(tmp_path: P
 
 
 def test_a_cluster_is_added_to_a_run_without_moving_the_others(tmp_path: Path) -> None:
-    from peml.regimes import grown_recipe
-
     folder = peml.train(whole(tmp_path, {"name": "one_plus_n", "clusters": CLUSTERS}), tmp_path / "run")
     entries = recipe(tmp_path)["tasks"]
     added = tmp_path / "new.yaml"
-    import yaml
-
     added.write_text(yaml.safe_dump([entries[0] | {"name": "fourth"}, entries[1] | {"name": "fifth"}]))
     grown = peml.train(grown_recipe(folder.path, added, "shared", beside="fourth"), tmp_path / "grown")
     config = open_run(grown.path)[1].peft_config["default"]

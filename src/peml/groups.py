@@ -59,6 +59,11 @@ class Level:
         kept = (tuple(name for name in own if name not in names) for own in self.groups)
         return replace(self, groups=tuple(own for own in kept if own))
 
+    def __str__(self) -> str:
+        if isinstance(self.groups, str):
+            return f"until {self.until:.2f}: {self.groups}"
+        return f"until {self.until:.2f}: " + " | ".join(", ".join(group) for group in self.groups)
+
     def to_json(self) -> dict[str, Any]:
         """As `adapter_config.json` has it."""
         groups = self.groups if isinstance(self.groups, str) else [list(group) for group in self.groups]
