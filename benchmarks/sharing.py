@@ -25,8 +25,8 @@ import peml
 from benchmarks.record import environment, spread
 from benchmarks.sharing_tasks import FAMILIES, TASKS, family_of, write_families
 from peml.affinity import Affinity, How, find_affinity, write_affinity
-from peml.methods import trainable_parameters
 from peml.training import Recipe, RunFolder
+from peml.training.run import attach
 from peml.training.workbench import load_base
 
 RESULTS = Path(__file__).parent / "results"
@@ -108,15 +108,11 @@ def run(options: Namespace, name: str, way: dict[str, Any], seed: int) -> dict[s
 
 def numbers(recipe: Recipe, metrics: dict[str, Any]) -> tuple[int, int]:
     """What is trained in the adapter, and most that works for one task."""
-    total = metrics["parameters"].get("adapter", 0)
-    if "active_parameters" in metrics:
-        return total, max(metrics["active_parameters"].values())
     config = recipe.config()
-    if config.adapter is not None and not config.adapter.needs_task:
-        return total, total
-    names, base = config.task_names, load_base(recipe)[1]
-    config.task_names, config.heads = names[:1], None
-    return total, trainable_parameters(config, base)
+    config.task_type, config.heads = "FEATURE_EXTRACTION", None
+    config.set_groups(metrics.get("groups"))
+    active = attach(load_base(recipe)[1], config).base_model.active_parameters()
+    return metrics["parameters"]["adapter"], max(active.values())
 
 
 def table(options: Namespace, ways: Ways) -> tuple[str, list[dict[str, Any]]]:

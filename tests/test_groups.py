@@ -223,3 +223,26 @@ def test_a_level_grows_and_shrinks() -> None:
     assert level.with_task("d", None).groups == (("a", "b"), ("c",), ("d",))
     assert level.with_task("d", "c").groups == (("a", "b"), ("c", "d"))
     assert level.without(["c"]).groups == (("a", "b"),) and Level(1.0, "each").without(["c"]).groups == "each"
+
+
+def test_four_clusters_are_one_base_and_four_adapters() -> None:
+    """In one forward over all clusters each row is what its cluster gives it alone."""
+    names = [f"t{i}" for i in range(8)]
+    clusters = [names[i : i + 2] for i in range(0, 8, 2)]
+    base = tiny()
+    before = sum(p.numel() for p in base.parameters())
+    one = sum(p.numel() for p in adapt(tiny(), peml.CGCLoRA(r=4), tasks=names[:2]).parameters() if p.requires_grad)
+    model, batch = adapt(base, peml.CGCLoRA(r=4), tasks=names, groups=clusters), tokens(8, 5)
+    assert sum(p.numel() for p in model.parameters()) == before + 4 * one
+    mixed = logits(model, batch, *names)
+    for number, cluster in enumerate(clusters):
+        rows = slice(2 * number, 2 * number + 2)
+        torch.testing.assert_close(mixed[rows], logits(model, batch[rows], *cluster), rtol=1e-11, atol=1e-11)
+        # Alone in a model of its own.
+        alone = adapt(tiny(), peml.CGCLoRA(r=4), tasks=cluster)
+        state = model.state_dict()
+        own = {k: v for k, v in state.items() if "peml_" not in k}
+        mark = f".members.{number}."
+        own |= {k.replace(mark, "."): v for k, v in state.items() if mark in k}
+        alone.load_state_dict(own)
+        torch.testing.assert_close(mixed[rows], logits(alone, batch[rows], *cluster), rtol=1e-11, atol=1e-11)
