@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="encoder: folder or Hub id")
     parser.add_argument("--seeds", type=int, help="of the table; default 5 and 3")
     parser.add_argument("--affinity-seeds", type=int, help="default 10 and 3")
+    parser.add_argument("--ways", nargs="+", help="names of rows of the table; default all")
     parser.add_argument("--steps", type=int, help="default 200 and 1200")
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--batches", type=int, default=8)
@@ -169,11 +170,13 @@ def main() -> None:
         parser.error("encoder needs --data")
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    every = TOY if toy else ENCODER
+    ways = {name: way for name, way in every.items() if options.ways is None or name in options.ways}
     measured = []
     for seed in range(options.affinity_seeds):
         measured.append(affinity(options, seed))
         print(seed, measured[-1].clustering.clusters, measured[-1].clustering.score, flush=True)
-    rows, records = table(options, TOY if toy else ENCODER)
+    rows, records = table(options, ways)
     spent = statistics.mean(found.seconds["total"] for found in measured)
     parts = [f"# Which tasks share: {'two families of toy tasks' if toy else 'eight GLUE tasks'}"]
     parts.append(

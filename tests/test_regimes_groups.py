@@ -15,7 +15,7 @@ import peml
 from peml import PemlError
 from peml.affinity import Affinity
 from peml.inspection import inspect_folder, show
-from peml.regimes import grown_recipe
+from peml.regimes import again_recipe, grown_recipe
 from peml.training import RunFolder, open_run
 from peml.training.recipe import Recipe, validated
 from workshop import recipe, write_model
@@ -111,6 +111,24 @@ def test_a_cluster_is_added_to_a_run_without_moving_the_others(tmp_path: Path) -
     before, after = weights(folder), weights(grown)
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert all(after[key].abs().max() > 0 for key in after if ".members.2." in key and key.endswith("up_specific"))
+
+
+def test_a_cluster_of_a_run_is_trained_again_alone(tmp_path: Path) -> None:
+    folder = peml.train(whole(tmp_path, {"name": "one_plus_n", "clusters": CLUSTERS}), tmp_path / "run")
+    made = again_recipe(folder.path, "third")
+    assert made.how.tasks == ["size", "third"]  # type: ignore[union-attr]
+    before, after = weights(folder), weights(peml.train(made, tmp_path / "again"))
+    same = {key for key, value in before.items() if torch.equal(value, after[key])}
+    assert same == {key for key in before if ".members.1." in key}
+    config = open_run(tmp_path / "again")[1].peft_config["default"]
+    assert [[list(group) for group in level.groups] for level in config.groups] == [CLUSTERS]
+    with pytest.raises(PemlError, match="no task 'x'"):
+        again_recipe(folder.path, "x")
+    with pytest.raises(PemlError, match="choose another --output"):
+        peml.train(made, folder.path, overwrite=True)
+    joint = peml.train(whole(tmp_path, "joint", method="lora"), tmp_path / "joint")
+    with pytest.raises(PemlError, match="has no clusters"):
+        again_recipe(joint.path, "size")
 
 
 @pytest.mark.parametrize(

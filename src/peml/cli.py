@@ -47,17 +47,23 @@ def train(
     freeze: Annotated[str, typer.Option(help="With --from: shared (train the new tasks alone) or none.")] = "shared",
     init: Annotated[str, typer.Option(help="With --from: identity, mean, or copy:TASK.")] = "identity",
     beside: Annotated[str | None, typer.Option(help="With --from: the task whose groups they join.")] = None,
+    retrain: Annotated[str | None, typer.Option(help="With --from: the task whose cluster is trained afresh.")] = None,
     architecture: Annotated[
         str | None, typer.Option(help="Architecture file of an earlier search, or random:SEED: nothing is searched.")
     ] = None,
 ) -> None:
-    """Train one adapter on the tasks of a recipe, or add tasks to a trained one."""
+    """Train one adapter on the tasks of a recipe, add tasks to a trained one, or train one of its clusters again."""
     from peml import regimes
     from peml.training.bill import bill_line
 
     what: Any = recipe
-    if (run is None) != (add_task is None) or (run is None) == (recipe is None):
-        raise PemlError("give a recipe, or --from RUN with --add-task FILE")
+    if (run is None) != (add_task is None and retrain is None) or (run is None) == (recipe is None):
+        raise PemlError("give a recipe, or --from RUN with --add-task FILE or --retrain TASK")
+    if add_task is not None and retrain is not None:
+        raise PemlError("--add-task and --retrain are two trainings: give one of them")
+    if run is not None and retrain is not None:
+        what = regimes.again_recipe(run, retrain)
+        output = output or run.with_name(f"{run.name}-{retrain}-again")
     if run is not None and add_task is not None:
         what = regimes.grown_recipe(run, add_task, freeze, init, beside)
         output = output or run.with_name(f"{run.name}+{add_task.stem}")

@@ -9,7 +9,7 @@ from torch import nn
 
 from peml.adapters import Adapter, GroupedAdapter
 from peml.errors import PemlError
-from peml.groups import Partition, depth_of
+from peml.groups import Partition, cluster_of, depth_of
 from peml.growth import Growing, replace_parameter
 
 
@@ -26,12 +26,7 @@ class Clusters(Growing):
         """
         config = self._active_config()
         self._check_tasks([task])
-        names, found = config.task_names, {task}
-        for level in config.groups or ():
-            groups = level.partition(names)
-            if len(groups) > 1:
-                found |= {names[i] for group in groups if names.index(task) in group for i in group}
-        return [name for name in names if name in found]
+        return cluster_of(config.groups or (), config.task_names, task)
 
     def freeze_others(self, tasks: Sequence[str]) -> None:
         """Train nothing but what works for some tasks alone: the others' outputs then stay as they are, bit for bit.

@@ -130,6 +130,16 @@ def level_at(levels: Sequence[Level], depth: float | None) -> Level:
     return levels[0] if depth is None else next(level for level in levels if depth <= level.until)
 
 
+def cluster_of(levels: Sequence[Level], task_names: Sequence[str], task: str) -> list[str]:
+    """Tasks that are in a group with a task at any depth where not all are; at least itself."""
+    found = {task}
+    for level in levels:
+        groups = level.partition(task_names)
+        if len(groups) > 1:
+            found |= {task_names[i] for group in groups if task_names.index(task) in group for i in group}
+    return [name for name in task_names if name in found]
+
+
 def stack_of(model: nn.Module, path: str) -> tuple[str, int, int] | None:
     """The block that a module lies in: path of the outermost list of modules, place in it, and its length."""
     parts = path.split(".")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
-from peft import PeftModel
+import yaml
+from peft import PeftConfig, PeftModel
 from rich.console import Console
 
 from peml.affinity import Affinity, How, find_affinity, show_affinity, write_affinity
-from peml.groups import read_groups
+from peml.config import PemlConfig
+from peml.errors import PemlError
+from peml.groups import cluster_of, read_groups
 from peml.training.folder import RunFolder, write_text
-from peml.training.grouping import Grouped
-from peml.training.recipe import Recipe
-from peml.training.run import Stage, attach, check_same_recipe, train
+from peml.training.grouping import Grouped, RetrainCluster
+from peml.training.recipe import Recipe, load_recipe, validated
+from peml.training.run import Stage, attach, check_same_recipe, load_adapter, train
 from peml.training.workbench import Workbench, prepare
+from peml.tuner import PemlModel
 
 
 def grouped(
@@ -86,3 +91,64 @@ def grouped(
     stages = {"affinity": {"train_seconds": found.seconds["total"], "bill": found.bill}} if own else {}
     stage = Stage(attach=attached, begin=lambda model: None, record={"stages": stages})
     return train(recipe, folder.path, resume=True, console=console, workbench=bench, stage=stage)
+
+
+def retrain_cluster(
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    workbench: Workbench | None = None,
+) -> RunFolder:
+    """Start one cluster of a finished run afresh and train it alone; outputs of the others stay, bit for bit.
+
+    Args:
+        recipe: of all tasks; its regime names the run and the cluster.
+        output: folder of the new run; the old one is left alone.
+        resume: go on from the last complete checkpoint in the folder.
+        overwrite: replace a run that lies there.
+        console: where progress is shown; None: nowhere.
+        workbench: model and rows that are loaded already.
+
+    Raises:
+        PemlError: bad input, before anything is written; or no group has these tasks alone.
+    """
+    how = recipe.how
+    assert isinstance(how, RetrainCluster)
+    source = RunFolder.existing(how.run)
+    if Path(output).resolve() == source.path.resolve():
+        raise PemlError(f"{source.path} is the run whose cluster is trained again: choose another --output")
+
+    def attached(bench: Workbench) -> PeftModel:
+        model = load_adapter(bench.model, source, trainable=True)
+        tuner = cast("PemlModel", model.base_model)
+        tuner.restart(how.tasks)
+        tuner.freeze_others(how.tasks)
+        return model
+
+    stage = Stage(attach=attached, tasks=how.tasks, fresh=how.tasks)
+    return train(recipe, output, resume=resume, overwrite=overwrite, console=console, workbench=workbench, stage=stage)
+
+
+def again_recipe(run: str | Path, task: str) -> Recipe:
+    """The recipe that trains the cluster of a task of a finished run once more.
+
+    Raises:
+        PemlError: no finished run, an unknown task, or an adapter without clusters.
+    """
+    source = RunFolder.existing(run)
+    config = cast("PemlConfig", PeftConfig.from_pretrained(str(source.adapter)))
+    names = config.task_names
+    if task not in names:
+        raise PemlError(f"there is no task {task!r} in {source.path}; it has {', '.join(names)}")
+    if config.groups is None:
+        raise PemlError(f"the tasks of {source.path} share one adapter: it has no clusters to train again")
+    settings: dict[str, Any] = yaml.safe_load(load_recipe(source.recipe).to_yaml())
+    settings["train"].pop("output_dir", None)
+    # Its best step may be chosen by a task that no longer changes.
+    settings["train"].pop("metric_for_best_model", None)
+    cluster = cluster_of(config.groups, names, task)
+    how = {"name": "retrain_cluster", "run": str(source.path.resolve()), "tasks": cluster}
+    return validated(settings | {"regime": how}, source.recipe)

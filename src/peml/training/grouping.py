@@ -105,3 +105,26 @@ class Progressive(Grouped):
                 levels.append({"until": until, "groups": groups})
                 before = until
         return levels
+
+
+class RetrainCluster(Section):
+    """One cluster of a finished run once more, from a fresh adapter; the others stay as they are.
+
+    Args:
+        run: its folder.
+        tasks: of the cluster.
+    """
+
+    name: Literal["retrain_cluster"] = "retrain_cluster"
+    run: str
+    tasks: list[str] = Field(min_length=1)
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """Refuse tasks that the recipe has not.
+
+        Raises:
+            PemlError: naming it.
+        """
+        for task in self.tasks:
+            if task not in tasks:
+                raise PemlError(f"regime.tasks names {task!r}, which is no task here; there are {', '.join(tasks)}")

@@ -23,7 +23,7 @@ from peml.training.arguments import AVERAGE, DEFAULTS, check_best, checked, one_
 from peml.training.balancing import read_balance, write_balance
 from peml.training.entries import OwnEntry, Section, SuiteEntry, build_tasks, first_problem, read_entry
 from peml.training.folder import RESOLVED
-from peml.training.grouping import Grouped
+from peml.training.grouping import Grouped, RetrainCluster
 from peml.training.ranges import Tune, Tuned
 from peml.training.regime import (
     REGIMES,
@@ -177,7 +177,7 @@ class Recipe(Section):
                     "balance cannot keep the gradients of tasks apart while a student is distilled: use another rule, "
                     "or regime: {distillation_weight: 0}"
                 )
-        elif isinstance(self.how, Grow):
+        elif isinstance(self.how, Grow | RetrainCluster):
             self.how.check(names)
         elif isinstance(prompt, Attempt):
             raise PemlError("method 'attempt' needs prompts of source tasks: leave its regime, distil_then_adapt")

@@ -11,7 +11,7 @@ from peml.errors import PemlError
 from peml.prompts import PrefixNAS
 from peml.training.arguments import checked
 from peml.training.entries import Section, first_problem
-from peml.training.grouping import OnePlusN, Progressive
+from peml.training.grouping import OnePlusN, Progressive, RetrainCluster
 
 
 class Joint(Section):
@@ -194,7 +194,18 @@ class Retrain(Searched):
     name: Literal["retrain"] = "retrain"
 
 
-Regime = Joint | DistilThenAdapt | Grow | Sequential | Alternate | Unrolled | Retrain | OnePlusN | Progressive
+Regime = (
+    Joint
+    | DistilThenAdapt
+    | Grow
+    | Sequential
+    | Alternate
+    | Unrolled
+    | Retrain
+    | OnePlusN
+    | Progressive
+    | RetrainCluster
+)
 """The section of any regime."""
 
 REGIMES: dict[str, Any] = {
@@ -207,6 +218,7 @@ REGIMES: dict[str, Any] = {
     "retrain": Retrain,
     "one_plus_n": OnePlusN,
     "progressive": Progressive,
+    "retrain_cluster": RetrainCluster,
 }
 """Every regime that a recipe can name."""
 
