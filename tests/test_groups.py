@@ -161,7 +161,7 @@ def test_one_cluster_is_trained_started_afresh_and_removed_alone(method: object)
     tuner, kept = model.base_model, logits(model, batch, "sst2", "sst2", "sst2")
     others = logits(model, batch, "rte", "cola", "rte")
     tuner.freeze_others(tuner.cluster_of("cola"))
-    trained(model, ["rte", "cola"])
+    trained(model, ["rte", "cola", "sst2"])
     assert torch.equal(logits(model, batch, "sst2", "sst2", "sst2"), kept)
     moved = logits(model, batch, "rte", "cola", "rte")
     assert not torch.allclose(moved, others)
@@ -178,7 +178,7 @@ def test_one_cluster_is_trained_started_afresh_and_removed_alone(method: object)
 
 @pytest.mark.parametrize("method", [peml.LoRA(r=2), peml.CGCLoRA(r=4), peml.Poly(r=2)])
 def test_a_task_is_removed_from_its_group(method: object, tmp_path: Path) -> None:
-    for groups in (None, CLUSTERS):
+    for groups in (None, CLUSTERS, [["cola"], ["rte", "sst2"]]):
         model, batch = adapt(tiny(), method, peml.PrefixTuning(2, per_task=True), groups=groups), tokens(2, 5)
         before = logits(model, batch, "cola", "sst2")
         model.base_model.remove_tasks(["rte"])
