@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -134,6 +135,10 @@ def test_an_affinity_is_written_read_and_drawn(tmp_path: Path) -> None:
     assert own.between(0.0, 0.3, 4).clusters == (("a",), ("b",), ("c",), ("d",))
     assert own.between(0.4, 1.0).clusters == (("a", "b"), ("c", "d"))
     assert own.between(0.0, 0.3).clusters == (tuple("abcd"),)
+    # The whole depth is what was clustered, not the mean of the blocks.
+    other = replace(own, blocks={place: np.eye(4).tolist() for place in blocks})
+    assert other.between(0.0, 1.0) is own.clustering and len(other.between(0.0, 1.0, 3).clusters) == 3
+    assert other.between(0.3, 1.0).clusters == (tuple("abcd"),)
     picture = ElementTree.parse(tmp_path / "new" / "affinity.svg").getroot()
     words = [e.text for e in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert words.count("0.60") == 2 and words.count("-0.30") == 4 and "4 tasks in 2 clusters" in words

@@ -44,10 +44,10 @@ class Affinity:
     bill: dict[str, Any] = field(default_factory=dict)
 
     def between(self, low: float, high: float, number: int | None = None) -> Clustering:
-        """Clusters by the blocks whose middle lies in a range of depth; by all where none does."""
+        """Clusters by the mean of the blocks in a range of depth; where it has all or none, those of the whole."""
         count = len(self.blocks)
         chosen = [own for i, own in enumerate(self.blocks.values()) if low < (i + 0.5) / count <= high]
-        if self.by != "cosine" or not chosen:
+        if self.by != "cosine" or len(chosen) in (0, count):
             return self.clustering if number is None else cluster(self.matrix, self.tasks, number)
         mean = [[sum(own[i][j] for own in chosen) / len(chosen) for j in self._range] for i in self._range]
         return cluster(mean, self.tasks, number)
