@@ -246,3 +246,15 @@ def test_four_clusters_are_one_base_and_four_adapters() -> None:
         own |= {k.replace(mark, "."): v for k, v in state.items() if mark in k}
         alone.load_state_dict(own)
         torch.testing.assert_close(mixed[rows], logits(alone, batch[rows], *cluster), rtol=1e-11, atol=1e-11)
+
+
+def test_what_was_looked_up_without_gradients_serves_with_them() -> None:
+    """A block may hold both an evaluation and a training step."""
+    model, batch = adapt(tiny(), peml.LoRA(r=2), groups=CLUSTERS), tokens(3, 5)
+    with model.base_model.routed(["rte", "sst2", "cola"]):
+        with torch.inference_mode():
+            expected = model(input_ids=batch).logits.clone()
+        out = model(input_ids=batch).logits
+        probe_loss(out).backward()
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

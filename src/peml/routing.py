@@ -80,7 +80,9 @@ class Route:
         if self.ids.device == device:
             return self
         if device not in self.known:
-            ids, index, chosen = (t.to(device, non_blocking=True) for t in (self.ids, self.index, self.chosen))
+            # Not as tensors of inference mode: a step of training may follow in the same block.
+            with torch.inference_mode(False):
+                ids, index, chosen = (t.to(device, non_blocking=True) for t in (self.ids, self.index, self.chosen))
             self.known[device] = Route(ids, self.present, index, chosen)
         return self.known[device]  # type: ignore[no-any-return]
 
@@ -95,22 +97,26 @@ class Route:
             groups: task ids of each group; together every id once.
         """
         if groups not in self.known:
-            parts, count, device = [], sum(map(len, groups)), self.ids.device
-            for number, group in enumerate(groups):
-                present = tuple(place for place, task in enumerate(group) if task in self.present)
-                if not present:
-                    continue
-                # Rows of other groups go with its first task that is here: the mask takes them out.
-                table = torch.tensor([[present[0]] * count, [0] * count, [0] * count], device="cpu")
-                for place, task in enumerate(group):
-                    table[2, task] = 1
-                    if place in present:
-                        table[0, task], table[1, task] = place, present.index(place)
-                ids, index, mask = table.to(device, non_blocking=True)[:, self.ids].unbind()
-                chosen = torch.tensor(present, device="cpu").to(device, non_blocking=True)
-                parts.append(Part(number, Route(ids, present, index, chosen), mask.bool()))
-            self.known[groups] = tuple(parts)
+            with torch.inference_mode(False):
+                self.known[groups] = self._split(groups)
         return self.known[groups]  # type: ignore[no-any-return]
+
+    def _split(self, groups: tuple[tuple[int, ...], ...]) -> tuple[Part, ...]:
+        parts, count, device = [], sum(map(len, groups)), self.ids.device
+        for number, group in enumerate(groups):
+            present = tuple(place for place, task in enumerate(group) if task in self.present)
+            if not present:
+                continue
+            # Rows of other groups go with its first task that is here: the mask takes them out.
+            table = torch.tensor([[present[0]] * count, [0] * count, [0] * count], device="cpu")
+            for place, task in enumerate(group):
+                table[2, task] = 1
+                if place in present:
+                    table[0, task], table[1, task] = place, present.index(place)
+            ids, index, mask = table.to(device, non_blocking=True)[:, self.ids].unbind()
+            chosen = torch.tensor(present, device="cpu").to(device, non_blocking=True)
+            parts.append(Part(number, Route(ids, present, index, chosen), mask.bool()))
+        return tuple(parts)
 
     @property
     def per_token(self) -> bool:
