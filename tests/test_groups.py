@@ -250,7 +250,7 @@ def test_four_clusters_are_one_base_and_four_adapters() -> None:
 
 def test_what_was_looked_up_without_gradients_serves_with_them() -> None:
     """A block may hold both an evaluation and a training step."""
-    model, batch = adapt(tiny(), peml.LoRA(r=2), groups=CLUSTERS), tokens(3, 5)
+    model, batch = adapt(tiny(), peml.CGCLoRA(r=4), groups=CLUSTERS), tokens(3, 5)
     with model.base_model.routed(["rte", "sst2", "cola"]):
         with torch.inference_mode():
             expected = model(input_ids=batch).logits.clone()
