@@ -18,13 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.append(str(Path(__file__).parent / "contract"))
 
-from cases import SMALL_ADAPTERS
+from cases import GROUPS, SMALL_ADAPTERS
 
 import peml
 from models import adapt, gradients, tiny, tokens
 
 PROMPTS = {"none": None, "PrefixNAS": peml.PrefixNAS(4, 2, 10, 6, 4, gate_init=0.5)}
-COMBINATIONS = [(a, "none") for a in SMALL_ADAPTERS if a != "none"] + [("MTLLoRA", "PrefixNAS"), ("MTLLoRA", "heads")]
+COMBINATIONS = [(a, "none") for a in SMALL_ADAPTERS if a != "none"]
+COMBINATIONS += [("MTLLoRA", "PrefixNAS"), ("MTLLoRA", "heads"), ("LoRA", "groups"), ("CGCLoRA", "groups")]
 TASKS_BY_RANK = [["rte", "cola"], ["sst2", "sst2"]]
 
 
@@ -37,7 +38,8 @@ def build(adapter: str, prompt: str, dtype: torch.dtype = torch.float64):
     """The same model in every process, in evaluation: methods that draw at random in training then do not."""
     torch.manual_seed(0)
     heads = peml.Heads((2, 1, 3), pooling="last") if prompt == "heads" else None
-    model = adapt(base_of(prompt), SMALL_ADAPTERS[adapter], PROMPTS.get(prompt), heads=heads).to(dtype)
+    groups = GROUPS["clusters"] if prompt == "groups" else None
+    model = adapt(base_of(prompt), SMALL_ADAPTERS[adapter], PROMPTS.get(prompt), heads=heads, groups=groups).to(dtype)
     batch = tokens(4, 5)
     return model, batch
 

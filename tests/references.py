@@ -141,7 +141,24 @@ def hydra_lora(x_I: Tensor, tensors: Tensors, settings: Settings, task: int) -> 
     return update
 
 
-ADAPTERS: dict[str, Callable[[Tensor, Tensors, Settings, int], Tensor]] = {
+Update = Callable[[Tensor, Tensors, Settings, int], Tensor]
+
+
+def grouped(update: Update, groups: Sequence[Sequence[int]]) -> Update:
+    """The update of the task's group, which counts its own tasks."""
+
+    def of_group(x_I: Tensor, tensors: Tensors, settings: Settings, task: int) -> Tensor:
+        for number, group in enumerate(groups):
+            if task in group:
+                mark = f"members.{number}."
+                own = {key[len(mark) :]: value for key, value in tensors.items() if key.startswith(mark)}
+                return update(x_I, own, settings, list(group).index(task))
+        raise AssertionError(task)
+
+    return of_group
+
+
+ADAPTERS: dict[str, Update] = {
     "LoRA": lora,
     "SingleTaskLoRA": single_task_lora,
     "MTLLoRA": mtl_lora,

@@ -229,7 +229,7 @@ def test_gradients_are_combined_where_they_are_shared_and_weighed_where_they_are
     shared, own = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4, 2))
     unused, half = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     parameters = [shared, own, unused, half]
-    kept = TaskGradients(parameters, {id(own)}, [0, 3], 4)
+    kept = TaskGradients(parameters, {id(own): range(4)}, [0, 3], 4)
     for task, scale in ((0, 1.0), (3, 2.0), (3, 2.0)):
         ((shared * scale).sum() + own[task].sum() * 5 + half.sum()).backward()
         kept.collect(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -128,6 +129,19 @@ class Answering(Attached):
                 (new[:tasks, :classes] if name in ("weight", "bias") else new[:tasks]).copy_(parameter)
                 new.requires_grad = parameter.requires_grad
         host.peml_head[self.adapter_in_force] = grown
+
+    def _shrink_heads(self, kept: Sequence[int]) -> None:
+        """Some of the heads, in their order."""
+        host, config, old = self._head_host(), self._active_config(), self.heads
+        assert host is not None and old is not None and config.heads is not None and self.adapter_in_force is not None
+        config.heads = config.heads.among(kept)
+        fewer = config.heads.build(self._width()).to(old.weight.device, old.weight.dtype).train(old.training)
+        with torch.no_grad():
+            for name, parameter in fewer.named_parameters():
+                rows = old.get_parameter(name)[list(kept)]
+                parameter.copy_(rows[:, : parameter.shape[1]] if name in ("weight", "bias") else rows)
+                parameter.requires_grad = old.get_parameter(name).requires_grad
+        host.peml_head[self.adapter_in_force] = fewer
 
 
 def _check_per_row(route: Route) -> None:

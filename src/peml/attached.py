@@ -9,6 +9,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from peml.adapters import Adapter
 from peml.adapters.ahead import cores_ahead
 from peml.attention import PromptHost
 from peml.bank import BankLinear
@@ -125,14 +126,30 @@ class Attached(BaseTuner):
         ours = {id(p) for part in parts.values() for p in part}
         return parts | {"other": [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours]}
 
-    def per_task_parameters(self) -> set[int]:
-        """`id` of every parameter that is stacked over tasks."""
-        owners = [*self._adapters(), *(part for part in (self.prompt, self.heads) if part is not None)]
-        return {id(owner.get_parameter(key)) for owner in owners for key in owner.task_parameters}
+    def per_task_parameters(self) -> dict[int, tuple[int, ...]]:
+        """`id` of every parameter that belongs to single tasks, with the task of each of its rows, or of all."""
+        config = self.config_in_force
+        count = 0 if config is None else len(config.task_names)
+        found = {
+            id(adapter.get_parameter(key)): tasks
+            for adapter in self._adapters()
+            for key, tasks in adapter.task_rows(count).items()
+        }
+        for owner in (part for part in (self.prompt, self.heads) if part is not None):
+            found |= {id(owner.get_parameter(key)): tuple(range(count)) for key in owner.task_parameters}
+        return found
 
-    def _adapters(self) -> list[Any]:
+    def active_parameters(self) -> dict[str, int]:
+        """How many numbers of the active adapter's low-rank part work for each task, by its name."""
+        names = self._active_config().task_names
+        return {
+            name: sum(adapter.num_active(task, len(names)) for adapter in self._adapters())
+            for task, name in enumerate(names)
+        }
+
+    def _adapters(self) -> list[Adapter]:
         name = self.adapter_in_force or ""
-        return [bank.peml_adapter[name] for bank in self._banks() if name in bank.peml_adapter]
+        return [bank.peml_adapter[name] for bank in self._banks() if name in bank.peml_adapter]  # type: ignore[misc]
 
 
 def count(parameters: list[nn.Parameter]) -> int:

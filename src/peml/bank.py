@@ -179,7 +179,8 @@ class BankLinear(nn.Module, BaseTunerLayer):
     def _folded_route(
         self, adapter: Adapter, adapter_name: str, task: int | None, device: torch.device
     ) -> Route | None:
-        if not adapter.needs_task:
+        # An adapter that cannot be folded says so, whatever the task.
+        if not adapter.needs_task or adapter.reads_input:
             return None
         if task is None:
             names = self.task_names[adapter_name]

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from peml.cli_affinity import affinity, transfer
 from peml.cli_tasks import tasks_app
 from peml.cli_use import export, generate, serve
 from peml.errors import PemlError
@@ -33,6 +34,8 @@ app.add_typer(tasks_app, name="tasks")
 app.command()(export)
 app.command()(serve)
 app.command()(generate)
+app.command()(affinity)
+app.command()(transfer)
 # Under `accelerate launch` every process runs this file; the first one speaks.
 console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
@@ -47,19 +50,26 @@ def train(
     add_task: Annotated[Path | None, typer.Option(help="YAML file with the tasks that it gets.")] = None,
     freeze: Annotated[str, typer.Option(help="With --from: shared (train the new tasks alone) or none.")] = "shared",
     init: Annotated[str, typer.Option(help="With --from: identity, mean, or copy:TASK.")] = "identity",
+    beside: Annotated[str | None, typer.Option(help="With --from: the task whose groups they join.")] = None,
+    retrain: Annotated[str | None, typer.Option(help="With --from: the task whose cluster is trained afresh.")] = None,
     architecture: Annotated[
         str | None, typer.Option(help="Architecture file of an earlier search, or random:SEED: nothing is searched.")
     ] = None,
 ) -> None:
-    """Train one adapter on the tasks of a recipe, or add tasks to a trained one."""
+    """Train one adapter on the tasks of a recipe, add tasks to a trained one, or train one of its clusters again."""
     from peml import regimes
     from peml.training.bill import bill_line
 
     what: Any = recipe
-    if (run is None) != (add_task is None) or (run is None) == (recipe is None):
-        raise PemlError("give a recipe, or --from RUN with --add-task FILE")
+    if (run is None) != (add_task is None and retrain is None) or (run is None) == (recipe is None):
+        raise PemlError("give a recipe, or --from RUN with --add-task FILE or --retrain TASK")
+    if add_task is not None and retrain is not None:
+        raise PemlError("--add-task and --retrain are two trainings: give one of them")
+    if run is not None and retrain is not None:
+        what = regimes.again_recipe(run, retrain)
+        output = output or run.with_name(f"{run.name}-{retrain}-again")
     if run is not None and add_task is not None:
-        what = regimes.grown_recipe(run, add_task, freeze, init)
+        what = regimes.grown_recipe(run, add_task, freeze, init, beside)
         output = output or run.with_name(f"{run.name}+{add_task.stem}")
     if architecture is not None:
         if recipe is None:

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from peft import PeftConfig, PeftType
 
-from peml.adapters import ADAPTERS, AdapterConfig
+from peml.adapters import ADAPTERS, Adapter, AdapterConfig, GroupedAdapter
 from peml.errors import PemlError
+from peml.groups import Partition, level_at, read_groups
 from peml.heads import Heads
 from peml.prompts import PROMPTS, PromptConfig
 
@@ -33,6 +34,8 @@ class PemlConfig(PeftConfig):
         task_names: names of the tasks; ids follow their order. Saved with the adapter.
         adapter: what is added to the frozen linear layers, e.g. `peml.LoRA(r=8)`; None: nothing.
         prompt: what is put in front of attention's keys and values, e.g. `peml.PrefixNAS()`; None: nothing.
+        groups: which tasks share the adapter, and how deep: lists of task names, each with an adapter of its own in
+            every layer, or levels `{until: SHARE, groups: all | each | lists}` from the bottom up; None: all share it.
         heads: what an encoder answers with, e.g. `peml.Heads(num_labels=(2, 3))`; None: the model's own output.
         target_modules: linear layers to adapt: names, a regular expression, or "all-linear".
         exclude_modules: layers to leave out, by name or regular expression.
@@ -43,12 +46,14 @@ class PemlConfig(PeftConfig):
             activations than the frozen model does, and computes one product twice. Results are the same.
 
     Raises:
-        PemlError: no or repeated task names, neither adapter nor prompt, or an unknown setting of one of them.
+        PemlError: no or repeated task names, neither adapter nor prompt, an unknown setting of one of them, or groups
+            in which a task is missing or there twice.
     """
 
     task_names: list[str] = field(default_factory=list, metadata={"help": "Names of the tasks; ids follow the order."})
     adapter: AdapterConfig | None = field(default=None, metadata={"help": "Adapter of the linear layers, or None."})
     prompt: PromptConfig | None = field(default=None, metadata={"help": "Learned keys and values, or None."})
+    groups: Any = field(default=None, metadata={"help": "Groups of tasks with an adapter of their own, or None."})
     heads: Heads | None = field(default=None, metadata={"help": "A classifier or regressor per task, or None."})
     target_modules: list[str] | str | None = field(
         default="all-linear", metadata={"help": "Linear layers to adapt: names, a regular expression, or 'all-linear'."}
@@ -81,6 +86,7 @@ class PemlConfig(PeftConfig):
         if self.adapter is None and self.prompt is None and self.heads is None:
             raise PemlError("nothing to train: give an adapter, a prompt, or both")
         self._check_types()
+        self.set_groups(self.groups)
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
         # Read from a file that has the weights too: what a fresh adapter would begin at is not asked for again.
@@ -104,11 +110,55 @@ class PemlConfig(PeftConfig):
             if not _fits(getattr(self, name), hint):
                 raise PemlError(f"{name} must be a list of {what}, not {getattr(self, name)!r}")
 
+    def set_groups(self, groups: Any) -> None:
+        """Read the groups, before the adapter is attached; None: there are none.
+
+        Raises:
+            PemlError: they do not fit the tasks, or the adapter has something in common for all tasks.
+        """
+        self.groups = None if groups is None else read_groups(groups, self.task_names)
+        if groups is None:
+            return
+        if self.adapter is None:
+            raise PemlError("groups are of tasks that share an adapter, and there is none: leave them out")
+        if self.adapter.feature_loss_weight > 0:
+            raise PemlError("adapter.align compares all tasks, and groups keep them apart: leave one of them out")
+        if self.adapter.rank_step(1) != self.adapter.rank_step(2):
+            raise PemlError(
+                'adapter.rank_mode "total" shares r among all tasks, and groups have several adapters: use "active"'
+            )
+
     @property
     def needs_task(self) -> bool:
         """Whether a forward without `tasks=` is an error."""
-        parts = (self.adapter, self.prompt)
-        return self.heads is not None or any(part is not None and part.needs_task for part in parts)
+        return self.heads is not None or self.adapter_needs_task or (self.prompt is not None and self.prompt.needs_task)
+
+    @property
+    def adapter_needs_task(self) -> bool:
+        """Whether the adapter differs by task: because of its method, or of groups."""
+        grouped = any(len(level.partition(self.task_names)) > 1 for level in self.groups or ())
+        return self.adapter is not None and (self.adapter.needs_task or grouped)
+
+    def build_adapter(self, in_features: int, out_features: int, depth: float | None) -> Adapter:
+        """The adapter of one linear layer.
+
+        Args:
+            in_features: I of the layer.
+            out_features: O of the layer.
+            depth: where the layer's block is, as a share of the depth; None: it is in no block.
+        """
+        assert self.adapter is not None
+        groups = self.partition(depth)
+        if len(groups) == 1:
+            return self.adapter.build(in_features, out_features, len(self.task_names))
+        members = [self.adapter.build(in_features, out_features, len(group)) for group in groups]
+        return GroupedAdapter(members, groups)
+
+    def partition(self, depth: float | None) -> Partition:
+        """Groups of task ids that a layer has; one if there are no groups."""
+        if self.groups is None:
+            return (tuple(range(len(self.task_names))),)
+        return level_at(self.groups, depth).partition(self.task_names)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; adapter and prompt carry the name of their type."""
@@ -116,6 +166,7 @@ class PemlConfig(PeftConfig):
         out["adapter"] = part_to_dict(self.adapter)
         out["prompt"] = part_to_dict(self.prompt)
         out["heads"] = part_to_dict(self.heads)
+        out["groups"] = None if self.groups is None else [level.to_json() for level in self.groups]
         if isinstance(out["target_modules"], set):
             out["target_modules"] = sorted(out["target_modules"])
         return out

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from peml.adapters import Adapter
+from peml.adapters import Adapter, GroupedAdapter
 from peml.answering import Answering
 from peml.errors import PemlError
+from peml.groups import Partition, depth_of
 from peml.prompting import Prompting
 from peml.prompts import Prompt, WordPromptConfig
 
@@ -20,7 +22,12 @@ class Growing(Prompting, Answering):
     _only_tasks: bool = False
 
     def add_task(
-        self, name: str, init: str = "identity", num_labels: int | None = None, scale: tuple[float, float] = (0.0, 1.0)
+        self,
+        name: str,
+        init: str = "identity",
+        num_labels: int | None = None,
+        scale: tuple[float, float] = (0.0, 1.0),
+        beside: str | None = None,
     ) -> None:
         """Append a task to the active adapter; outputs of the other tasks do not change by a bit.
 
@@ -32,9 +39,11 @@ class Growing(Prompting, Answering):
                 or "copy:TASK". A head always starts afresh, for its classes mean something else.
             num_labels: classes of its head, or 1 for a number; for an adapter with heads.
             scale: mean and scale of its values, if it is a number.
+            beside: of an adapter with groups: a task whose groups it joins; None: it gets groups of its own, but where
+                all tasks share one.
 
         Raises:
-            PemlError: the name is taken, `init` is unknown, `num_labels` is missing, or a task is merged.
+            PemlError: the name is taken, `init` or `beside` is unknown, `num_labels` is missing, or a task is merged.
         """
         config, adapter_name = self._active_config(), self.adapter_in_force
         assert adapter_name is not None
@@ -47,12 +56,21 @@ class Growing(Prompting, Answering):
             raise PemlError(f"this adapter {wanted}")
         if config.heads is not None and num_labels is not None:
             config.heads.grown(num_labels, *scale).check([*config.task_names, name])
+        if beside is not None and (config.groups is None or beside not in config.task_names):
+            wanted = "this adapter has no groups" if config.groups is None else f"one of {', '.join(config.task_names)}"
+            raise PemlError(f"beside is a task whose groups the new one joins ({wanted}), not {beside!r}")
         grown = None if config.adapter is None else config.adapter.grown(len(config.task_names))
         names = (*config.task_names, name)
+        whole = copy.copy(config)
+        whole.adapter, whole.task_names = grown, list(names)
+        whole.groups = None if config.groups is None else tuple(own.with_task(name, beside) for own in config.groups)
         for bank in self._banks():
             if adapter_name in bank.peml_adapter and grown is not None:
-                fresh = grown.build(bank.in_features, bank.out_features, len(names))
-                append_task(bank.peml_adapter[adapter_name], fresh, init, source)  # type: ignore[arg-type]
+                depth = depth_of(self.model, bank.label)
+                fresh = whole.build_adapter(bank.in_features, bank.out_features, depth)
+                old: Adapter = bank.peml_adapter[adapter_name]  # type: ignore[assignment]
+                new = with_task(old, fresh, config.partition(depth), whole.partition(depth), init, source)
+                bank.peml_adapter[adapter_name] = new
                 bank.task_names[adapter_name] = names
         host = self._prompt_host()
         if host is not None and self.prompt is not None and config.prompt is not None:
@@ -62,7 +80,7 @@ class Growing(Prompting, Answering):
             append_task(self.prompt, one, init, source)
         if num_labels is not None:
             self._grow_heads(num_labels, scale)
-        config.adapter, config.task_names = grown, list(names)
+        config.adapter, config.task_names, config.groups = grown, list(names), whole.groups
 
     def freeze_shared(self) -> None:
         """Train nothing but what belongs to single tasks: an added task then leaves the others as they are.
@@ -116,6 +134,64 @@ def check_name(name: object, task_names: Sequence[str]) -> None:
 
 
 @torch.no_grad()
+def with_task(
+    old: Adapter, fresh: Adapter, before: Partition, after: Partition, init: str, source: int | None
+) -> Adapter:
+    """A layer's adapter with one task more, in the group that it has in `after`; no other group changes.
+
+    Args:
+        old: the adapter, which is changed.
+        fresh: one for the tasks in `after`, newly built.
+        before: groups of `old`.
+        after: the same, and the new task in one of them, or behind them in one of its own.
+        init: "identity", "mean" of the tasks that it joins, or of all of another group; or "copy:..." of a task.
+        source: id of the task to copy.
+    """
+    members = [*old.members] if isinstance(old, GroupedAdapter) else [old]
+    new = sum(map(len, before))
+    at = next(number for number, group in enumerate(after) if new in group)
+    given = None if source is None else next((n, g.index(source)) for n, g in enumerate(before) if source in g)
+    one = fresh.member(at) if isinstance(fresh, GroupedAdapter) else fresh
+    one.train(old.training).to(next(old.parameters()))
+    if at < len(before):
+        if given is not None and given[0] != at:
+            # The row of another group's task fits, for the method is the same; `one` is what "identity" takes it from.
+            _copy_rows(one, members[given[0]], row=given[1])
+            init, given = "identity", None
+        append_task(members[at], one, init, None if given is None else given[1])
+    else:
+        for parameter, like in zip(one.parameters(), members[0].parameters(), strict=True):
+            parameter.requires_grad = like.requires_grad
+        if given is not None:
+            _copy_shared(one, [members[given[0]]])
+            _copy_rows(one, members[given[0]], row=given[1])
+        elif init == "mean":
+            _copy_shared(one, members)
+            _copy_rows(one, *members)
+        members.append(one)
+    if len(members) == 1:
+        return members[0]
+    if isinstance(old, GroupedAdapter):
+        old.regroup(members, after)
+        return old
+    return GroupedAdapter(members, after)
+
+
+def _copy_shared(one: Adapter, members: Sequence[Adapter]) -> None:
+    """Begin where a group's adapter is, or at the mean of several."""
+    for key, parameter in one.named_parameters():
+        if key not in one.task_parameters:
+            parameter.copy_(torch.stack([member.get_parameter(key) for member in members]).mean(0))
+
+
+def _copy_rows(one: Adapter, *members: Adapter, row: int | None = None) -> None:
+    """The same for what belongs to single tasks: a row, or the mean of all."""
+    for key in one.task_parameters:
+        rows = torch.cat([member.get_parameter(key) for member in members])
+        one.get_parameter(key).copy_(rows.mean(0) if row is None else rows[row])
+
+
+@torch.no_grad()
 def append_task(owner: Adapter | Prompt, fresh: Adapter | Prompt, init: str, source: int | None) -> None:
     """Append a row to every tensor of `owner` that is stacked over tasks.
 
@@ -133,10 +209,11 @@ def append_task(owner: Adapter | Prompt, fresh: Adapter | Prompt, init: str, sou
             row = old[source : source + 1]
         else:
             row = fresh.get_parameter(key)[:1].to(old)
-        _replace(owner, key, torch.cat([old, row]))
+        replace_parameter(owner, key, torch.cat([old, row]))
 
 
-def _replace(owner: nn.Module, key: str, value: Tensor) -> None:
+def replace_parameter(owner: nn.Module, key: str, value: Tensor) -> None:
+    """Put a new parameter in the place of another, as trainable as that was."""
     path, _, name = key.rpartition(".")
     parent, old = owner.get_submodule(path), owner.get_parameter(key)
     new = nn.Parameter(value, requires_grad=old.requires_grad)

@@ -95,6 +95,11 @@ class Heads:
         means, scales = zip(*map(self.scale_of, tasks), strict=True)
         return replace(self, num_labels=(*self.num_labels, num_labels), means=(*means, mean), scales=(*scales, scale))
 
+    def among(self, kept: Sequence[int]) -> Heads:
+        """The same with some of the tasks."""
+        means, scales = zip(*map(self.scale_of, kept), strict=True)
+        return replace(self, num_labels=tuple(self.num_labels[i] for i in kept), means=means, scales=scales)
+
     def scale_of(self, task: int) -> tuple[float, float]:
         """Mean and scale of a task's values; 0 and 1 for classes."""
         if self.num_labels[task] > 1:

@@ -136,6 +136,11 @@ def show(found: Inspection, console: Console) -> None:
     table.add_row("base model", Text(str(config.base_model_name_or_path)))
     table.add_row("tasks", Text(", ".join(config.task_names)))
     table.add_row("adapter", Text(_settings(config.adapter)))
+    if config.groups is not None:
+        table.add_row("groups", Text("\n".join(map(str, config.groups))))
+        active = found.metrics.get("active_parameters")
+        if active:
+            table.add_row("active", f"{max(active.values()):,} of the adapter's parameters for a task, at most")
     table.add_row("prompt", Text(_settings(config.prompt)))
     if config.heads is not None:
         table.add_row("heads", Text(_settings(config.heads)))

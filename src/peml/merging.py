@@ -93,7 +93,8 @@ class Merging(Attached):
 
     def _check_selected(self) -> None:
         config = self._active_config()
-        if config.adapter is not None and config.adapter.needs_task and self.adapter_in_force not in self._selected:
+        foldable = config.adapter is None or config.adapter.foldable
+        if config.adapter_needs_task and foldable and self.adapter_in_force not in self._selected:
             names = ", ".join(config.task_names)
             raise PemlError(f"merging needs one task: call select_task() with one of {names} first")
 

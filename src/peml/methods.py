@@ -63,6 +63,8 @@ METHODS: dict[str, Method] = {
     "multi-lora": Method(MultiLoRA(), None, "joint", "parallel LoRAs, scaled per feature (arXiv:2311.11501)"),
     "moe-lora": Method(MoELoRA(), None, "joint", "experts under a gate that sees the task (arXiv:2310.18339)"),
     "cgc-lora": Method(CGCLoRA(), None, "joint", "common experts and own ones per task (arXiv:2402.01684)"),
+    "one-plus-n": Method(CGCLoRA(), None, "one_plus_n", "CGC-LoRA by cluster of tasks (arXiv:2402.01684)"),
+    "progressive": Method(LoRA(), None, "progressive", "LoRA split by depth: all, clusters, each (arXiv:2509.19602)"),
     "poly": Method(Poly(), None, "joint", "tasks average the factors of skills (arXiv:2202.13914)"),
     "mhr": Method(Poly(n_splits=4), None, "joint", "the same by slices of the features (arXiv:2211.03831)"),
     "c-poly": Method(CPoly(), None, "joint", "common skills and own ones per task (arXiv:2312.03248)"),
@@ -79,7 +81,15 @@ METHODS: dict[str, Method] = {
 """Every method that a recipe can name."""
 
 
-WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "fuse_mlp")
+WHERE = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "fuse_mlp",
+    "groups",
+)
 """Fields of `PemlConfig` that a recipe can set beside those of adapter and prompt."""
 
 

@@ -36,12 +36,14 @@ class Route:
         present: the G distinct tasks, ascending, known on the host so that no layer has to ask the device.
         index: position of every id in `present`, in the shape of `ids`.
         chosen: `present` as a tensor `[G]`.
+        known: what layers have asked of this route before: itself on their device, and its parts by groups of tasks.
     """
 
     ids: Tensor
     present: tuple[int, ...]
     index: Tensor
     chosen: Tensor
+    known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, tasks: Tasks, task_names: Sequence[str]) -> Route:
@@ -77,12 +79,44 @@ class Route:
         """The same on a device."""
         if self.ids.device == device:
             return self
-        ids, index, chosen = (t.to(device, non_blocking=True) for t in (self.ids, self.index, self.chosen))
-        return Route(ids, self.present, index, chosen)
+        if device not in self.known:
+            # Not as tensors of inference mode: a step of training may follow in the same block.
+            with torch.inference_mode(False):
+                ids, index, chosen = (t.to(device, non_blocking=True) for t in (self.ids, self.index, self.chosen))
+            self.known[device] = Route(ids, self.present, index, chosen)
+        return self.known[device]  # type: ignore[no-any-return]
 
     def rows_present(self, stacked: Tensor) -> Tensor:
         """Of a tensor `[T, ...]` stacked over tasks, the rows of the tasks present: `[G, ...]`."""
         return stacked if len(self.present) == stacked.shape[0] else stacked.index_select(0, self.chosen)
+
+    def split(self, groups: tuple[tuple[int, ...], ...]) -> tuple[Part, ...]:
+        """What each group of tasks sees of the batch, for those that have rows in it; looked up once for all layers.
+
+        Args:
+            groups: task ids of each group; together every id once.
+        """
+        if groups not in self.known:
+            with torch.inference_mode(False):
+                self.known[groups] = self._split(groups)
+        return self.known[groups]  # type: ignore[no-any-return]
+
+    def _split(self, groups: tuple[tuple[int, ...], ...]) -> tuple[Part, ...]:
+        parts, count, device = [], sum(map(len, groups)), self.ids.device
+        for number, group in enumerate(groups):
+            present = tuple(place for place, task in enumerate(group) if task in self.present)
+            if not present:
+                continue
+            # Rows of other groups go with its first task that is here: the mask takes them out.
+            table = torch.tensor([[present[0]] * count, [0] * count, [0] * count], device="cpu")
+            for place, task in enumerate(group):
+                table[2, task] = 1
+                if place in present:
+                    table[0, task], table[1, task] = place, present.index(place)
+            ids, index, mask = table.to(device, non_blocking=True)[:, self.ids].unbind()
+            chosen = torch.tensor(present, device="cpu").to(device, non_blocking=True)
+            parts.append(Part(number, Route(ids, present, index, chosen), mask.bool()))
+        return tuple(parts)
 
     @property
     def per_token(self) -> bool:
@@ -91,19 +125,35 @@ class Route:
 
     def rows(self, num_rows: int, device: torch.device) -> Tensor:
         """Ids for `num_rows` rows: `[1]` stays `[1]`; beams and flattened tokens repeat each row's id."""
-        return self._expand(self.ids, num_rows).to(device, non_blocking=True)
+        return self.expand(self.ids, num_rows).to(device, non_blocking=True)
 
     def groups(self, num_rows: int, device: torch.device) -> Tensor:
         """Index of each row's task in `present`: what a tensor stacked over the tasks present is gathered with."""
-        return self._expand(self.index, num_rows).to(device, non_blocking=True)
+        return self.expand(self.index, num_rows).to(device, non_blocking=True)
 
-    def _expand(self, ids: Tensor, num_rows: int) -> Tensor:
+    def expand(self, ids: Tensor, num_rows: int) -> Tensor:
+        """What there is of every row, in the shape of `ids`, for `num_rows` rows."""
         given = ids.shape[0]
         if given in (1, num_rows):
             return ids
         if num_rows % given or self.per_token:
             raise PemlError(f"`tasks=` has {given} entries but the batch has {num_rows} rows: give one task per row")
         return ids.repeat_interleave(num_rows // given)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a group of tasks sees of a batch.
+
+    Args:
+        group: its number.
+        route: tasks of the rows, counted within the group.
+        mask: which rows, or tokens, are of the group, in the shape of the ids.
+    """
+
+    group: int
+    route: Route
+    mask: Tensor
 
 
 def _id_of(task: object, table: Mapping[str, int]) -> int:

@@ -18,9 +18,10 @@ from peml import attention, routing, saving
 from peml.attached import HOOKS, HOST
 from peml.attention import PromptHost
 from peml.bank import BankLinear, group_siblings
+from peml.clusters import Clusters
 from peml.config import PemlConfig
 from peml.errors import PemlError
-from peml.growth import Growing
+from peml.groups import depth_of
 from peml.heads import HeadHost
 from peml.hooks import ForwardHooks
 from peml.merging import Merging
@@ -32,7 +33,7 @@ HEADS_OF_PEFT = ("classifier", "score", "qa_outputs")
 """What PEFT adds to `modules_to_save` for a `task_type`, whether or not the model calls its head so."""
 
 
-class PemlModel(Merging, Growing):
+class PemlModel(Merging, Clusters):
     """A model with PEML adapters; made by `peft.get_peft_model(model, PemlConfig(...))`.
 
     `model(**batch, tasks=["rte", "sst2"])` routes each row; `tasks="rte"` routes all rows. Names or ids.
@@ -124,13 +125,12 @@ class PemlModel(Merging, Growing):
             self._replace_module(parent, target_name, layer, target)
         else:
             raise PemlError(f"target_modules matches {current_key}, a {type(target).__name__}: only linear layers fit")
-        assert peft_config.adapter is not None
-        if peft_config.adapter.needs_task and ".experts." in f".{current_key}.":
+        if peft_config.adapter_needs_task and ".experts." in f".{current_key}.":
             raise PemlError(
                 f"{current_key} is an expert, which gets tokens picked from several rows: an adapter that differs by "
                 f'task cannot follow them. Leave experts out with exclude_modules=r".*\\.experts\\..*"'
             )
-        adapter = peft_config.adapter.build(layer.in_features, layer.out_features, len(peft_config.task_names))
+        adapter = peft_config.build_adapter(layer.in_features, layer.out_features, depth_of(self.model, current_key))
         weight = layer.base_layer.weight
         if weight.device.type != "meta" and next(adapter.parameters()).device.type != "meta":
             # Weights stay fp32 whatever the base's dtype: they are cast where they are used.
@@ -243,7 +243,7 @@ class PemlModel(Merging, Growing):
         return route
 
     def _merged(self, config: PemlConfig) -> bool:
-        return config.adapter is not None and config.adapter.needs_task and any(bank.merged for bank in self._banks())
+        return config.adapter_needs_task and any(bank.merged for bank in self._banks())
 
     def open_forward(
         self,

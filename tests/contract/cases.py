@@ -110,16 +110,34 @@ SEARCHES = tuple(name for name in SMALL_PROMPTS if name.startswith("PrefixNAS-")
 """Variants of one prompt: they meet two adapters."""
 
 
+GROUPS: dict[str, Any] = {
+    "": None,
+    "clusters": [["rte", "cola"], ["sst2"]],
+    "progressive": [{"until": 0.5, "groups": [["cola"], ["sst2", "rte"]]}, {"until": 1, "groups": "each"}],
+    "shared-below": [{"until": 0.5, "groups": "all"}, {"until": 1, "groups": [["rte"], ["sst2", "cola"]]}],
+}
+"""Which tasks share an adapter: in all of the two layers, and by depth."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One point of the product."""
 
     adapter_name: str
     prompt_name: str
+    groups_name: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.adapter_name}+{self.prompt_name}"
+        return f"{self.adapter_name}+{self.prompt_name}" + (f"@{self.groups_name}" if self.groups_name else "")
+
+    @property
+    def groups(self) -> Any:
+        return GROUPS[self.groups_name]
+
+    @property
+    def adapter_needs_task(self) -> bool:
+        return self.adapter is not None and (self.adapter.needs_task or self.groups is not None)
 
     @property
     def adapter(self) -> Any:
@@ -131,7 +149,7 @@ class Case:
 
     @property
     def needs_task(self) -> bool:
-        return any(part is not None and part.needs_task for part in (self.adapter, self.prompt))
+        return self.adapter_needs_task or (self.prompt is not None and self.prompt.needs_task)
 
     @property
     def drawn(self) -> bool:
@@ -175,6 +193,7 @@ class Case:
     def build(self, family: str = "llama", tasks: list[str] = TASKS, **options: Any) -> PeftModel:
         base = options.pop("base", None)
         base = tiny(family) if base is None else base
+        options.setdefault("groups", self.groups)
         return adapt(base, self.adapter, self.prompt, tasks, SMALL_PROMPTS[self.prompt_name][1], **options)
 
 
@@ -186,6 +205,14 @@ CASES = [
     and (a in WITH_ALL_PROMPTS or p in ("none", "PrefixNAS"))
     and (a in ("none", "MTLLoRA") or p not in SEARCHES)
 ]
+# Groups know nothing of prompts: one meets them.
+CASES += [
+    Case(a, "none", g)
+    for a in SMALL_ADAPTERS
+    for g in ("clusters", "progressive")
+    if a not in ("none", "CGCLoRA-table-total")
+]
+CASES += [Case("LoRA", "none", "shared-below"), Case("MTLLoRA", "PrefixTuning-per-task", "clusters")]
 
 # For other model families and for slow checks: every adapter and every prompt at least once, alone and together.
 FEW = [
@@ -201,6 +228,8 @@ FEW = [
     Case("MTLLoRA", "PromptTuning"),
     Case("LoRA", "MultitaskPrompt"),
     Case("none", "MultitaskPrompt-deep"),
+    Case("LoRA", "none", "progressive"),
+    Case("CGCLoRA", "none", "clusters"),
     *(Case(a, "none") for a in SMALL_ADAPTERS if a not in WITH_ALL_PROMPTS and not a.startswith("CGCLoRA-")),
 ]
 

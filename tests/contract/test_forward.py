@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -43,6 +44,8 @@ def reference_logits(model: PeftModel, batch: Tensor, tasks: list[str]) -> tuple
                 dataclasses.asdict(config.adapter),
             )
             update = references.ADAPTERS[type(config.adapter).__name__]
+            if any(key.startswith("members.") for key in tensors):
+                update = references.grouped(update, groups_of(name, config, tuner.model.config.num_hidden_layers))
             updates[name] = lambda x, t, u=update, own=tensors, s=settings: u(x, own, s, t)
     prefixes = soft = None
     if config.prompt is not None:
@@ -75,6 +78,15 @@ def reference_logits(model: PeftModel, batch: Tensor, tasks: list[str]) -> tuple
     if soft is not None and encoder:
         return torch.cat([logits[:, :1], logits[:, 1 + before :]], dim=1), leaves
     return logits[:, before:], leaves
+
+
+def groups_of(path: str, config: peml.PemlConfig, depth: int) -> list[list[int]]:
+    """Task ids of each group of a layer, by its number alone; the lowest groups for one without a number."""
+    found = re.search(r"\.(\d+)\.", f".{path}.")
+    at = 0 if found is None else (int(found[1]) + 0.5) / depth
+    level = next(own for own in config.groups if at <= own.until)
+    groups = [[name] for name in TASKS] if level.groups == "each" else level.groups
+    return [[i for i, name in enumerate(TASKS) if name in group] for group in groups]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +208,12 @@ def test_the_count_is_the_formula(case: Case) -> None:
         pytest.skip("the configuration of a collapsed prefix is that of its table, which test_bank covers")
     model = case.build()
     banks = [module for module in model.modules() if isinstance(module, BankLinear)]
-    expected = sum(case.adapter.num_parameters(bank.in_features, bank.out_features, 3) for bank in banks)
+    expected = 0
+    for bank in banks:
+        own = bank.peml_adapter["default"]
+        sizes = [len(group) for group in own.groups] if isinstance(own, peml.adapters.GroupedAdapter) else [3]
+        assert sum(sizes) == 3
+        expected += sum(case.adapter.num_parameters(bank.in_features, bank.out_features, size) for size in sizes)
     if case.prompt is not None:
         expected += case.prompt.num_parameters(model.base_model.model.prompt_host.shape, 3)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected

@@ -149,7 +149,7 @@ def test_merging(family: str, case: Case) -> None:
         return
     for task in TASKS:
         expected = model(input_ids=batch, tasks=task).logits
-        if case.adapter.needs_task:
+        if case.adapter_needs_task:
             model.base_model.select_task(None)
             with pytest.raises(PemlError, match=r"select_task.*rte, sst2, cola"):
                 model.merge_adapter()
@@ -158,7 +158,7 @@ def test_merging(family: str, case: Case) -> None:
         model.merge_adapter()
         torch.testing.assert_close(model(input_ids=batch, tasks=task).logits, expected, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(model(input_ids=batch).logits, expected, rtol=1e-10, atol=1e-10)
-        if case.adapter.needs_task:
+        if case.adapter_needs_task:
             other = next(name for name in TASKS if name != task)
             for wrong in (other, [task, other]):
                 with pytest.raises(PemlError, match=f"task '{task}' is merged"):

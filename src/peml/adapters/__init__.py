@@ -3,6 +3,7 @@
 from peml.adapters.base import Adapter, AdapterConfig
 from peml.adapters.c_poly import CPoly, CPolyAdapter
 from peml.adapters.cgc_lora import CGCLoRA, CGCLoRAAdapter
+from peml.adapters.grouped import GroupedAdapter
 from peml.adapters.hydra_lora import HydraLoRA, HydraLoRAAdapter
 from peml.adapters.lora import LoRA, LoRAAdapter
 from peml.adapters.moe_lora import MoELoRA, MoELoRAAdapter
@@ -34,6 +35,7 @@ __all__ = [
     "CGCLoRAAdapter",
     "CPoly",
     "CPolyAdapter",
+    "GroupedAdapter",
     "HydraLoRA",
     "HydraLoRAAdapter",
     "LoRA",

@@ -65,6 +65,15 @@ class Adapter(nn.Module, ABC):
         """The parameters that the core is made of, by name."""
         return {name: getattr(self, name) for name in self.core_parameters}
 
+    def task_rows(self, num_tasks: int) -> dict[str, tuple[int, ...]]:
+        """Parameters that belong to single tasks: the task of each of their rows; one task may have all rows."""
+        return dict.fromkeys(self.task_parameters, tuple(range(num_tasks)))
+
+    def num_active(self, task: int, num_tasks: int) -> int:
+        """How many numbers of this layer work for a task: what tasks share, and its own rows."""
+        rows = self.task_rows(num_tasks)
+        return sum(p.numel() // num_tasks if name in rows else p.numel() for name, p in self.named_parameters())
+
     def feature_loss(self, hidden: Tensor, route: Route, mask: Tensor | None) -> Tensor | None:
         """A loss on the features `down x` of a batch, or None if there is none.
 

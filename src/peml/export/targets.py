@@ -55,7 +55,7 @@ def _merged(config: PemlConfig) -> Target:
     assert config.adapter is not None
     if not config.adapter.foldable:
         return Target(name, False, NOT_FOLDABLE)
-    if config.adapter.needs_task:
+    if config.adapter_needs_task:
         return Target(name, True, "one per task: select_task(...), then merge_and_unload()")
     return Target(name, True, "one for all tasks: merge_and_unload()")
 
@@ -67,7 +67,7 @@ def _lora(config: PemlConfig) -> Target:
     if not config.adapter.foldable:
         return Target(name, False, NOT_FOLDABLE)
     without = ", without the prefix" if config.prompt is not None else ""
-    each = "one per task: select_task(...), then " if config.adapter.needs_task else "one for all tasks: "
+    each = "one per task: select_task(...), then " if config.adapter_needs_task else "one for all tasks: "
     rank = config.adapter.folded_rank(len(config.task_names))
     return Target(name, True, f"{each}peft.save_as_lora(folder, model, rank={rank}){without}")
 

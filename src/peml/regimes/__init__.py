@@ -9,6 +9,7 @@ from typing import Protocol
 from rich.console import Console
 
 from peml.regimes.distil_then_adapt import distil_then_adapt
+from peml.regimes.grouped import again_recipe, grouped, retrain_cluster
 from peml.regimes.grow import grow, grown_recipe
 from peml.regimes.retrain import retrain
 from peml.regimes.sequential import sequential
@@ -43,6 +44,10 @@ REGIMES: Mapping[str, Regime] = {
     "alternate": joint,
     "unrolled": joint,
     "retrain": retrain,
+    # One training too, behind the choice of groups.
+    "one_plus_n": grouped,
+    "progressive": grouped,
+    "retrain_cluster": retrain_cluster,
 }
 """Every regime by the name that recipes and methods have for it."""
 
@@ -77,4 +82,4 @@ def train(
     )
 
 
-__all__ = ["REGIMES", "grown_recipe", "train"]
+__all__ = ["REGIMES", "again_recipe", "grown_recipe", "train"]

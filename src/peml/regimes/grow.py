@@ -79,12 +79,14 @@ def _attached(bench: Workbench, source: RunFolder, how: Grow) -> PeftModel:
         raise PemlError(f"{source.path} has the tasks {', '.join(config.task_names)}, which must come first, in order")
     for name in names[len(config.task_names) :]:
         at = names.index(name)
+        beside = None if how.beside == name else how.beside
         if wanted is None:
-            tuner.add_task(name, how.init)
+            tuner.add_task(name, how.init, beside=beside)
         else:
-            tuner.add_task(name, how.init, wanted.num_labels[at], wanted.scale_of(at))
+            tuner.add_task(name, how.init, wanted.num_labels[at], wanted.scale_of(at), beside=beside)
     if how.freeze == "shared":
-        if not tuner.per_task_parameters():
+        own = {names.index(name) for name in how.tasks}
+        if not any(own & set(tasks) for tasks in tuner.per_task_parameters().values()):
             raise PemlError(
                 "all parameters of this adapter are shared by its tasks: none would be left to train with --freeze "
                 "shared; add --freeze none, which trains everything on the rows of all tasks"
@@ -93,7 +95,9 @@ def _attached(bench: Workbench, source: RunFolder, how: Grow) -> PeftModel:
     return model
 
 
-def grown_recipe(run: str | Path, added: str | Path, freeze: str, init: str = "identity") -> Recipe:
+def grown_recipe(
+    run: str | Path, added: str | Path, freeze: str, init: str = "identity", beside: str | None = None
+) -> Recipe:
     """The recipe of a run with further tasks.
 
     Args:
@@ -102,6 +106,7 @@ def grown_recipe(run: str | Path, added: str | Path, freeze: str, init: str = "i
             `balance`.
         freeze: `shared` or `none`.
         init: where the new tasks' own parameters start.
+        beside: task whose groups they join; None: they have their own.
 
     Raises:
         PemlError: naming the file and the key.
@@ -137,4 +142,5 @@ def grown_recipe(run: str | Path, added: str | Path, freeze: str, init: str = "i
     settings.pop("regime", None)
     names = [task.name for task in validated(settings, added).every_task()]
     how = {"name": "grow", "run": str(source.path.resolve()), "tasks": names[count:], "freeze": freeze, "init": init}
+    how |= {} if beside is None else {"beside": beside}
     return validated(settings | {"regime": how}, added)

@@ -30,8 +30,8 @@ class RunFolder:
     """Names of a run's files.
 
     `recipe.yaml` (resolved), `adapter/` (PEFT's), `metrics.json`, `log.jsonl`, `checkpoints/`; `predictions.json`, what
-    was answered to every evaluation row; `architecture.json` and its pictures where one was searched; and `stages/`,
-    the runs of a regime's earlier stages.
+    was answered to every evaluation row; `architecture.json` and its pictures where one was searched; `affinity.json`
+    and its picture where clusters were found; and `stages/`, the runs of a regime's earlier stages.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -45,6 +45,7 @@ class RunFolder:
         self.predictions = self.path / "predictions.json"
         self.architecture = self.path / "architecture.json"
         self.picture, self.curves = self.path / "architecture.svg", self.path / "search.svg"
+        self.affinity, self.affinities = self.path / "affinity.json", self.path / "affinity.svg"
         self.stages = self.path / "stages"
 
     @classmethod
@@ -109,6 +110,8 @@ class RunFolder:
                 self.architecture,
                 self.picture,
                 self.curves,
+                self.affinity,
+                self.affinities,
             ):
                 file.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)

@@ -33,16 +33,21 @@ class TaskGradients:
 
     Args:
         parameters: all that are trained.
-        stacked: `id` of those that are stacked over tasks.
+        stacked: `id` of those that belong to single tasks, with the task of each of their rows, or of all.
         present: tasks of the step, on any device.
         num_tasks: T.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], stacked: set[int], present: Sequence[int], num_tasks: int
+        self,
+        parameters: Sequence[nn.Parameter],
+        stacked: Mapping[int, Sequence[int]],
+        present: Sequence[int],
+        num_tasks: int,
     ) -> None:
         self.parameters = list(parameters)
         self.shared = [id(p) not in stacked for p in self.parameters]
+        self.owners = [list(stacked.get(id(p), ())) for p in self.parameters]
         self.present = list(present)
         self.num_tasks = num_tasks
         self.touched = [False] * len(self.parameters)
@@ -99,13 +104,14 @@ class TaskGradients:
         for kind, buffer in self.flat.items():
             if kind[2]:
                 buffer[-1] += factors.to(buffer) @ buffer[:-1]
-        for p, kind, place, touched in zip(self.parameters, self.kinds, self.places, self.touched, strict=True):
+        everything = zip(self.parameters, self.kinds, self.places, self.touched, self.owners, strict=True)
+        for p, kind, place, touched, owners in everything:
             if not touched:
                 continue
             buffer = self.flat[kind]
             gradient = buffer[-1, place].view_as(p)
             if not kind[2]:
-                by_task = shares.to(buffer).view(-1, *[1] * (p.ndim - 1))
+                by_task = shares.to(buffer)[owners].view(-1, *[1] * (p.ndim - 1))
                 gradient = gradient + by_task * buffer[0, place].view_as(p)
             p.grad = gradient.clone()
 

@@ -24,8 +24,18 @@ from peml.training.balancing import read_balance, write_balance
 from peml.training.contenders import Compare
 from peml.training.entries import OwnEntry, Section, SuiteEntry, build_tasks, first_problem, read_entry
 from peml.training.folder import RESOLVED
+from peml.training.grouping import Grouped, RetrainCluster
 from peml.training.ranges import Tune, Tuned
-from peml.training.regime import REGIMES, DistilThenAdapt, Grow, Joint, Regime, Searched, Sequential, read_regime
+from peml.training.regime import (
+    REGIMES,
+    DistilThenAdapt,
+    Grow,
+    Joint,
+    Regime,
+    Searched,
+    Sequential,
+    read_regime,
+)
 
 FOREIGN_KEYS: Mapping[str, str] = {
     "base_model": "model",
@@ -48,6 +58,13 @@ FOREIGN_KEYS: Mapping[str, str] = {
     "output_dir": "train: {output_dir: ...}",
 }
 """Keys that other tools use for what a recipe calls otherwise."""
+
+
+METHOD_OF: Mapping[str, dict[str, Any]] = {
+    "one_plus_n": {"method": "one-plus-n"},
+    "progressive": {"method": "progressive"},
+}
+"""Methods of regimes with clusters, where a recipe names none."""
 
 
 class MixingSection(Section):
@@ -126,6 +143,8 @@ class Recipe(Section):
         if "balance" in data:
             data["balance"] = read_balance(data["balance"])
         if data.get("regime") is not None:
+            name = data["regime"].get("name") if isinstance(data["regime"], dict) else data["regime"]
+            data = METHOD_OF.get(str(name), {}) | data
             known = METHODS.get(str(data.get("method")))
             data["regime"] = read_regime(data["regime"], "joint" if known is None else known.regime)
         given = data.get("architecture")
@@ -161,10 +180,14 @@ class Recipe(Section):
                     "balance cannot keep the gradients of tasks apart while a student is distilled: use another rule, "
                     "or regime: {distillation_weight: 0}"
                 )
-        elif isinstance(self.how, Grow):
+        elif isinstance(self.how, Grow | RetrainCluster):
             self.how.check(names)
         elif isinstance(prompt, Attempt):
             raise PemlError("method 'attempt' needs prompts of source tasks: leave its regime, distil_then_adapt")
+        elif isinstance(self.how, Grouped):
+            given = method(self.method, names, self.settings)
+            self.how.check(names, self.method, given.adapter, given.groups)
+            self.config()
         elif isinstance(self.how, Sequential | Searched):
             config = self.config()
             self.how.check(self.method, config.adapter, config.prompt)
@@ -220,6 +243,8 @@ class Recipe(Section):
         """The adapter's configuration."""
         names = [task.name for task in self.build_tasks()]
         config = method(self.method, names, self.settings, task_type="CAUSAL_LM")
+        if isinstance(self.how, Grouped) and isinstance(self.how.clusters, list):
+            config.set_groups(self.how.levels(lambda *_: None, names))
         if isinstance(config.prompt, Attempt) and isinstance(self.how, DistilThenAdapt):
             sources = self.how.source_names([task.name for task in self.every_task()])
             config.prompt = dataclasses.replace(config.prompt, num_sources=len(sources))

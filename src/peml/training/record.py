@@ -68,6 +68,9 @@ def record_of(
         "prompt": part_to_dict(config.prompt),
         "environment": environment(),
     }
+    if config.groups is not None:
+        record["groups"] = [level.to_json() for level in config.groups]
+        record["active_parameters"] = tuner.active_parameters()
     gap = _gap(trainer, stages)
     if gap is not None:
         record["search"] = {"gap": gap}

@@ -11,6 +11,7 @@ from peml.errors import PemlError
 from peml.prompts import PrefixNAS
 from peml.training.arguments import checked
 from peml.training.entries import Section, first_problem
+from peml.training.grouping import OnePlusN, Progressive, RetrainCluster
 
 
 class Joint(Section):
@@ -75,6 +76,8 @@ class Grow(Section):
         tasks: the new ones, the last of the recipe.
         freeze: "shared": train only what belongs to the new tasks alone, on their rows; "none": everything, on all.
         init: where the new tasks' own parameters start, as in `PemlModel.add_task`.
+        beside: of an adapter with groups: the task whose groups they join, which may be the first of them; None: each
+            has groups of its own.
     """
 
     name: Literal["grow"] = "grow"
@@ -82,6 +85,7 @@ class Grow(Section):
     tasks: list[str] = Field(min_length=1)
     freeze: Literal["shared", "none"] = "shared"
     init: str = "identity"
+    beside: str | None = None
 
     def trained(self, tasks: Sequence[str]) -> list[str]:
         """Tasks whose rows are trained on."""
@@ -190,7 +194,18 @@ class Retrain(Searched):
     name: Literal["retrain"] = "retrain"
 
 
-Regime = Joint | DistilThenAdapt | Grow | Sequential | Alternate | Unrolled | Retrain
+Regime = (
+    Joint
+    | DistilThenAdapt
+    | Grow
+    | Sequential
+    | Alternate
+    | Unrolled
+    | Retrain
+    | OnePlusN
+    | Progressive
+    | RetrainCluster
+)
 """The section of any regime."""
 
 REGIMES: dict[str, Any] = {
@@ -201,6 +216,9 @@ REGIMES: dict[str, Any] = {
     "alternate": Alternate,
     "unrolled": Unrolled,
     "retrain": Retrain,
+    "one_plus_n": OnePlusN,
+    "progressive": Progressive,
+    "retrain_cluster": RetrainCluster,
 }
 """Every regime that a recipe can name."""
 

@@ -1,0 +1,208 @@
+"""What it is worth to know which tasks should share: `python -m benchmarks.sharing toy`, or `encoder --data FOLDER`.
+
+toy: two families of tasks that contradict each other (`benchmarks.sharing_tasks`). Does affinity find the families, and
+what do adapters by cluster and by depth reach beside one LoRA that all tasks share?
+
+encoder: eight GLUE tasks on a sentence encoder, with `recipes/encoder.yaml`.
+
+Every job is a folder of its own, and a finished one is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import peml
+from benchmarks.record import environment, spread
+from benchmarks.sharing_tasks import FAMILIES, TASKS, family_of, write_families
+from peml.affinity import Affinity, How, find_affinity, write_affinity
+from peml.training import Recipe, RunFolder
+from peml.training.run import attach
+from peml.training.workbench import load_base
+
+RESULTS = Path(__file__).parent / "results"
+RECIPE = Path(__file__).parent.parent / "recipes" / "encoder.yaml"
+
+Ways = dict[str, dict[str, Any]]
+
+TOY: Ways = {
+    "one LoRA, equal active": {"method": "lora", "set": {"adapter.r": 8}},
+    "one LoRA, total of one_plus_n": {"method": "lora", "set": {"adapter.r": 16, "adapter.lora_alpha": 32}},
+    "one LoRA, total of progressive": {"method": "lora", "set": {"adapter.r": 22, "adapter.lora_alpha": 44}},
+    "single-task LoRA": {"method": "single-task", "set": {"adapter.r": 8}},
+    "one_plus_n, LoRA": {"method": "lora", "set": {"adapter.r": 8}, "regime": {"name": "one_plus_n"}},
+    "one_plus_n, CGC-LoRA": {"method": "cgc-lora", "set": {"adapter.r": 8}, "regime": {"name": "one_plus_n"}},
+    "progressive, LoRA": {"method": "lora", "set": {"adapter.r": 8}, "regime": {"name": "progressive"}},
+}
+ENCODER: Ways = {
+    "single-task LoRA": {"method": "single-task"},
+    "one LoRA": {"method": "lora"},
+    "MTL-LoRA": {"method": "mtl-lora"},
+    "CGC-LoRA": {"method": "cgc-lora"},
+    "one_plus_n, CGC-LoRA": {"method": "cgc-lora", "regime": {"name": "one_plus_n"}},
+    "progressive, LoRA": {"method": "lora", "regime": {"name": "progressive"}},
+}
+
+
+def base_of(options: Namespace, seed: int) -> dict[str, Any]:
+    """A recipe without a method."""
+    if options.what == "encoder":
+        data: dict[str, Any] = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+        data |= {"model": options.model}
+        data["tasks"][0]["path"] = options.data
+        limits = {"limit_train": options.train_rows, "limit_eval": options.eval_rows}
+        data["tasks"][0] |= {key: limit for key, limit in limits.items() if limit is not None}
+    else:
+        entries = write_families(Path(options.work) / f"rows-{seed}", seed, options.train_rows, options.eval_rows)
+        data = {"model": "toy", "tasks": entries, "mixing": {"by": "equal"}, "evaluate_before": False}
+        data["train"] = {"max_length": 64, "per_device_train_batch_size": 24, "learning_rate": 1e-3}
+    data["train"] |= {"seed": seed, "max_steps": options.steps, "save_strategy": "no", "logging_steps": 50}
+    return data
+
+
+def recipe_of(options: Namespace, way: dict[str, Any], seed: int) -> Recipe:
+    """The recipe of one job; clusters are those that affinity found with the same seed."""
+    data, own = base_of(options, seed), dict(way)
+    data["set"] = {**data.get("set", {}), **own.pop("set", {})}
+    if "regime" in own:
+        own["regime"] = {**own["regime"], "clusters": str(affinity_folder(options, seed).resolve())}
+    return Recipe.model_validate(data | own)
+
+
+def affinity_folder(options: Namespace, seed: int) -> Path:
+    return Path(options.work) / f"affinity-{seed}"
+
+
+def affinity(options: Namespace, seed: int) -> Affinity:
+    """Measured once for each seed."""
+    folder = affinity_folder(options, seed)
+    if not (folder / "affinity.json").exists():
+        recipe = Recipe.model_validate(base_of(options, seed) | {"method": "lora"})
+        how = How(warmup_steps=options.warmup, batches=options.batches, batch_rows=16)
+        write_affinity(find_affinity(recipe, how), folder)
+    return Affinity.load(folder)
+
+
+def recovered(found: Affinity) -> bool:
+    """Whether the clusters are the families."""
+    families = {frozenset(task for task in TASKS if family_of(task) == family) for family in FAMILIES}
+    return {frozenset(group) for group in found.clustering.clusters} == families
+
+
+def run(options: Namespace, name: str, way: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Scores and cost of one job."""
+    folder = RunFolder(Path(options.work) / f"{name.replace(' ', '-').replace(',', '')}-{seed}")
+    if not folder.finished:
+        peml.train(recipe_of(options, way, seed), folder.path, overwrite=folder.is_run)
+    return folder.read_metrics()
+
+
+def numbers(recipe: Recipe, metrics: dict[str, Any]) -> tuple[int, int]:
+    """What is trained in the adapter, and most that works for one task."""
+    config = recipe.config()
+    config.task_type, config.heads = "FEATURE_EXTRACTION", None
+    config.set_groups(metrics.get("groups"))
+    active = attach(load_base(recipe)[1], config).base_model.active_parameters()
+    return metrics["parameters"]["adapter"], max(active.values())
+
+
+def table(options: Namespace, ways: Ways) -> tuple[str, list[dict[str, Any]]]:
+    """Scores in per cent, mean and standard deviation over the seeds."""
+    seeds, lines, records = range(options.seeds), [], []
+    for name, way in ways.items():
+        begun = time.perf_counter()
+        own = [run(options, name, way, seed) for seed in seeds]
+        print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
+        scores = {
+            task: [100 * m["after"][task].get("score", next(iter(m["after"][task].values()))) for m in own]
+            for task in own[0]["after"]
+        }
+        average = [100 * m["average"]["after"] for m in own]
+        worst = [min(values) for values in zip(*scores.values(), strict=True)]
+        total, active = numbers(recipe_of(options, way, 0), own[0])
+        seconds = statistics.mean(m["train_seconds"] for m in own)
+        cells = [name, spread(average), spread(worst), f"{total:,}", f"{active:,}", f"{seconds:.0f}"]
+        if options.what == "encoder":
+            cells += [spread(values) for values in scores.values()]
+        if not lines:
+            more = list(scores) if options.what == "encoder" else []
+            head = ["method", "average", "worst task", "trained", "active", "seconds", *more]
+            lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines.append(f"| {' | '.join(cells)} |")
+        records.append({"method": name, "average": average, "scores": scores, "total": total, "active": active,
+                        "seconds": [m["train_seconds"] for m in own]})  # fmt: skip
+    return "\n".join(lines), records
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.sharing", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["toy", "encoder"])
+    parser.add_argument("--work", help="folder for the runs; default runs/sharing-WHAT")
+    parser.add_argument("--data", help="encoder: folder with GLUE's files, as docs/tasks.md names them")
+    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="encoder: folder or Hub id")
+    parser.add_argument("--seeds", type=int, help="of the table; default 5 and 3")
+    parser.add_argument("--affinity-seeds", type=int, help="default 10 and 3")
+    parser.add_argument("--ways", nargs="+", help="names of rows of the table; default all")
+    parser.add_argument("--steps", type=int, help="default 200 and 1200")
+    parser.add_argument("--warmup", type=int, default=100)
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--train-rows", type=int, help="of each task; default 128, and as the recipe says")
+    parser.add_argument("--eval-rows", type=int, help="of each task; default 60, and all")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    toy = options.what == "toy"
+    options.work = options.work or f"runs/sharing-{options.what}"
+    options.steps = options.steps or (200 if toy else 1200)
+    options.seeds = options.seeds or (5 if toy else 3)
+    options.affinity_seeds = max(options.seeds, options.affinity_seeds or (10 if toy else 3))
+    if toy:
+        options.train_rows, options.eval_rows = options.train_rows or 128, options.eval_rows or 60
+    if not toy and options.data is None:
+        parser.error("encoder needs --data")
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    every = TOY if toy else ENCODER
+    ways = {name: way for name, way in every.items() if options.ways is None or name in options.ways}
+    measured = []
+    for seed in range(options.affinity_seeds):
+        measured.append(affinity(options, seed))
+        print(seed, measured[-1].clustering.clusters, measured[-1].clustering.score, flush=True)
+    rows, records = table(options, ways)
+    spent = statistics.mean(found.seconds["total"] for found in measured)
+    parts = [f"# Which tasks share: {'two families of toy tasks' if toy else 'eight GLUE tasks'}"]
+    parts.append(
+        f"{options.steps} steps, mean and standard deviation over {options.seeds} seeds, scores in per cent; clusters "
+        f"are those of `peml affinity`: {options.warmup} steps of warm-up, {options.batches} batches of 16 rows a "
+        f"task, {spent:.0f} s on average."
+    )
+    parts.append(rows)
+    if toy:
+        hits = sum(map(recovered, measured))
+        parts.append(f"Affinity recovers the families for {hits} of {len(measured)} seeds.")
+    clusters = [[list(group) for group in found.clustering.clusters] for found in measured]
+    parts.append("\n".join(f"- seed {seed}: {' / '.join(map(', '.join, own))}" for seed, own in enumerate(clusters)))
+    (options.out / f"sharing-{options.what}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    settings = {k: v for k, v in vars(options).items() if k not in ("work", "data", "model", "out")}
+    found = [{"clusters": own, "score": m.clustering.score, "cosines": m.cosines, "seconds": m.seconds}
+             for own, m in zip(clusters, measured, strict=True)]  # fmt: skip
+    record = {
+        "environment": environment(torch.get_num_threads()),
+        "options": settings,
+        "affinity": found,
+        "rows": records,
+    }
+    (options.out / f"sharing-{options.what}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print("\n\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()

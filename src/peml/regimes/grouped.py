@@ -1,0 +1,154 @@
+"""One adapter set per cluster of tasks, or groups of tasks that become smaller towards the top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from peft import PeftConfig, PeftModel
+from rich.console import Console
+
+from peml.affinity import Affinity, How, find_affinity, show_affinity, write_affinity
+from peml.config import PemlConfig
+from peml.errors import PemlError
+from peml.groups import cluster_of, read_groups
+from peml.training.folder import RunFolder, write_text
+from peml.training.grouping import Grouped, RetrainCluster
+from peml.training.recipe import Recipe, load_recipe, validated
+from peml.training.run import Stage, attach, check_same_recipe, load_adapter, train
+from peml.training.workbench import Workbench, prepare
+from peml.tuner import PemlModel
+
+
+def grouped(
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    workbench: Workbench | None = None,
+) -> RunFolder:
+    """Choose groups of tasks, by hand or by affinity, and train one adapter with them jointly.
+
+    `one_plus_n`: every cluster has an adapter set of its own in all layers (CGC-LoRA's 1 + N, arXiv:2402.01684).
+    `progressive`: all tasks share the lower layers, clusters the middle ones, and every task has its own at the top
+    (Progressive Task-specific Adaptation, arXiv:2509.19602, which is about vision; thirds of the depth are our choice).
+    Our choice: all groups are trained side by side, in mixed batches, in which a group gets gradients of its own rows
+    alone; and they begin afresh, not as copies of the adapter that affinity was measured on.
+
+    Args:
+        recipe: whose regime says the clusters, or how they are found.
+        output: folder of the run; `affinity.json` and `affinity.svg` lie in it where clusters were found.
+        resume: go on where an interrupted run stopped; affinity that was measured is not measured again.
+        overwrite: replace a run that lies there.
+        console: where progress is shown; None: nowhere.
+        workbench: model and rows that are loaded already.
+
+    Raises:
+        PemlError: bad input, before anything is written; or a training that diverged.
+    """
+    how = recipe.how
+    assert isinstance(how, Grouped)
+    if isinstance(how.clusters, list):
+        stage = Stage(attach=lambda bench: attach(bench.model, bench.config()))
+        return train(
+            recipe, output, resume=resume, overwrite=overwrite, console=console, workbench=workbench, stage=stage
+        )
+    folder = RunFolder(output)
+    arguments = recipe.training_arguments(str(folder.checkpoints))
+    main, wait = arguments.process_index == 0, arguments.distributed_state.wait_for_everyone
+    folder.check(resume=resume, overwrite=overwrite)
+    names = [task.name for task in recipe.build_tasks()]
+    if resume:
+        check_same_recipe(recipe, folder)
+    bench = workbench or prepare(recipe)
+    bench.check()
+    known = folder.affinity if resume and folder.affinity.exists() else None
+    given = known or (None if how.clusters == "auto" else Path(how.clusters))
+    if given is not None:
+        found = Affinity.load(given, names)
+    else:
+        wanted = How(how.warmup_steps, how.batches, how.batch_rows, how.lookahead, how.by, how.num_clusters)
+        found = find_affinity(recipe, wanted, workbench=bench, console=console)
+    levels = read_groups(how.levels(found.between, names), names, "regime.clusters")
+    if main and known is None:
+        folder.create(overwrite=overwrite)
+        write_text(folder.recipe, recipe.to_yaml())
+        write_affinity(found, folder.path)
+    wait()
+    if console is not None and main:
+        show_affinity(found, console)
+
+    def attached(bench: Workbench) -> PeftModel:
+        config = bench.config()
+        config.set_groups(levels)
+        return attach(bench.model, config)
+
+    # What another run has measured is in its bill.
+    own = how.clusters == "auto"
+    stages = {"affinity": {"train_seconds": found.seconds["total"], "bill": found.bill}} if own else {}
+    stage = Stage(attach=attached, begin=lambda model: None, record={"stages": stages})
+    return train(recipe, folder.path, resume=True, console=console, workbench=bench, stage=stage)
+
+
+def retrain_cluster(
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    workbench: Workbench | None = None,
+) -> RunFolder:
+    """Start one cluster of a finished run afresh and train it alone; outputs of the others stay, bit for bit.
+
+    Args:
+        recipe: of all tasks; its regime names the run and the cluster.
+        output: folder of the new run; the old one is left alone.
+        resume: go on from the last complete checkpoint in the folder.
+        overwrite: replace a run that lies there.
+        console: where progress is shown; None: nowhere.
+        workbench: model and rows that are loaded already.
+
+    Raises:
+        PemlError: bad input, before anything is written; or no group has these tasks alone.
+    """
+    how = recipe.how
+    assert isinstance(how, RetrainCluster)
+    source = RunFolder.existing(how.run)
+    if Path(output).resolve() == source.path.resolve():
+        raise PemlError(f"{source.path} is the run whose cluster is trained again: choose another --output")
+
+    def attached(bench: Workbench) -> PeftModel:
+        model = load_adapter(bench.model, source, trainable=True)
+        tuner = cast("PemlModel", model.base_model)
+        tuner.restart(how.tasks)
+        tuner.freeze_others(how.tasks)
+        return model
+
+    stage = Stage(attach=attached, tasks=how.tasks, fresh=how.tasks)
+    return train(recipe, output, resume=resume, overwrite=overwrite, console=console, workbench=workbench, stage=stage)
+
+
+def again_recipe(run: str | Path, task: str) -> Recipe:
+    """The recipe that trains the cluster of a task of a finished run once more.
+
+    Raises:
+        PemlError: no finished run, an unknown task, or an adapter without clusters.
+    """
+    source = RunFolder.existing(run)
+    config = cast("PemlConfig", PeftConfig.from_pretrained(str(source.adapter)))
+    names = config.task_names
+    if task not in names:
+        raise PemlError(f"there is no task {task!r} in {source.path}; it has {', '.join(names)}")
+    if config.groups is None:
+        raise PemlError(f"the tasks of {source.path} share one adapter: it has no clusters to train again")
+    settings: dict[str, Any] = yaml.safe_load(load_recipe(source.recipe).to_yaml())
+    settings["train"].pop("output_dir", None)
+    # Its best step may be chosen by a task that no longer changes.
+    settings["train"].pop("metric_for_best_model", None)
+    cluster = cluster_of(config.groups, names, task)
+    how = {"name": "retrain_cluster", "run": str(source.path.resolve()), "tasks": cluster}
+    return validated(settings | {"regime": how}, source.recipe)
