@@ -7,6 +7,7 @@ import inspect
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -42,9 +43,23 @@ OWN_SETTINGS = {
 }
 
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add what was measured to the navigation."""
+    records = [f"results/{path.name}" for path in sorted((BENCHMARKS / "results").glob("*.md"))]
+    config.nav.append({"Results": ["results/index.md", *records]})
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the made pages."""
     pages = {"reference/recipe.md": recipe_page(), "reference/cli.md": cli_page(), "methods/index.md": methods_page()}
+    # The index of what was measured, and every record as it lies beside the code that made it.
+    pages["results/index.md"] = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    for path in sorted((BENCHMARKS / "results").glob("*.md")):
+        pages[f"results/{path.name}"] = path.read_text(encoding="utf-8")
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
