@@ -59,7 +59,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     # The index of what was measured, and every record as it lies beside the code that made it.
     pages["results/index.md"] = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     for path in sorted((BENCHMARKS / "results").glob("*.md")):
-        pages[f"results/{path.name}"] = path.read_text(encoding="utf-8")
+        # Tables are wide: without the list of headings beside them there is more room.
+        pages[f"results/{path.name}"] = "---\nhide: [toc]\n---\n" + path.read_text(encoding="utf-8")
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
