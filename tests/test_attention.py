@@ -314,7 +314,7 @@ def test_installing_twice_over_a_life() -> None:
 
 def test_gates_start_as_stated() -> None:
     """The whole prefix weighs as much as e^-c tokens of equal score, times how far gates are open."""
-    prompt = peml.PrefixNAS(num_virtual_tokens=16, gate_init=2.0).build(
+    prompt = peml.PrefixNAS(num_virtual_tokens=16, gate_init=2.0, exact_budget=False).build(
         ModelShape((AttentionSlot(KV, D),), 24), len(TASKS)
     )
     weight = prompt.log_gates().exp().sum().item()

@@ -88,16 +88,12 @@ def test_packed_rows_do_not_leak(family: str, case: Case, attention: str) -> Non
 
 @cases
 def test_packed_rows_with_a_task_per_token(case: Case) -> None:
-    """Each document through its own task. A prefix per task cannot serve such rows, and says so."""
+    """Each document through its own task, and behind the prefix of its own task."""
     case.check_steps()
     model, batch = case.build(), tokens(2, 7)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]] * 2)
     tasks = [["rte"] * 4 + ["cola"] * 3, ["sst2"] * 4 + ["rte"] * 3]
     call = {"input_ids": batch, "position_ids": positions, "use_cache": False}
-    if case.prefix_by_task:
-        with pytest.raises(peml.PemlError, match="one task per row"):
-            model(**call, tasks=tasks)
-        return
     logits = model(**call, tasks=tasks).logits
     for row in range(2):
         for span in (slice(0, 4), slice(4, 7)):
@@ -110,8 +106,6 @@ def test_packed_rows_with_a_task_per_token(case: Case) -> None:
 @few_cases
 def test_task_per_token_gradients(case: Case) -> None:
     """The same task for every token is the task of the row."""
-    if case.prefix_by_task:
-        pytest.skip("refused, see above")
     model, batch, found = case.build(), tokens(2, 5), []
     for tasks in (["rte", "cola"], [["rte"] * 5, ["cola"] * 5]):
         model(input_ids=batch, tasks=tasks).logits.square().sum().backward()
