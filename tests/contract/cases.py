@@ -185,11 +185,6 @@ class Case:
         if self.reads_input:
             pytest.skip("made from the text as it is when generation begins: see test_soft_prompts.py")
 
-    @property
-    def prefix_by_task(self) -> bool:
-        """Whether tasks differ in their prefix: also where a model, adapted by task, makes it."""
-        return self.prompt is not None and (self.prompt.needs_task or (self.at_input and self.needs_task))
-
     def build(self, family: str = "llama", tasks: list[str] = TASKS, **options: Any) -> PeftModel:
         base = options.pop("base", None)
         base = tiny(family) if base is None else base
