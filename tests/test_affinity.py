@@ -238,6 +238,21 @@ def test_transfer_is_a_difference_of_scores(tmp_path: Path) -> None:
     assert steps["all"] == 6 and steps["alone-size"] == 2 and steps["without-size"] == 4
 
 
+def test_transfer_takes_no_scores_of_another_recipe(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    data = recipe(tmp_path, method="lora", set={"adapter.r": 2})
+    # What saves and chooses checkpoints goes with a run of full length.
+    chosen = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_steps": 1}
+    whole = Recipe.model_validate(data | {"train": data["train"] | {"max_steps": 2} | chosen})
+    record = transfer(whole, tmp_path / "out", train, seeds=[0])
+    before = (tmp_path / "out" / "all-0" / "metrics.json").stat().st_mtime_ns
+    assert transfer(whole, tmp_path / "out", train, seeds=[0])["scores"] == record["scores"]
+    assert (tmp_path / "out" / "all-0" / "metrics.json").stat().st_mtime_ns == before
+    other = whole.model_copy(update={"train": {**whole.train, "learning_rate": 1.0}})
+    with pytest.raises(PemlError, match=r"all-0 was trained with another recipe \(train.learning_rate differs\)"):
+        transfer(other, tmp_path / "out", train, seeds=[0])
+
+
 def test_transfer_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     data = recipe(tmp_path)

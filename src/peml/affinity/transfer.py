@@ -16,9 +16,11 @@ from typing import Any
 
 from peml.errors import PemlError
 from peml.evaluation.evaluate import score
+from peml.training.arguments import chooses_best
 from peml.training.folder import RunFolder, write_text
 from peml.training.recipe import Recipe
 from peml.training.regime import Joint
+from peml.training.run import other_recipe
 
 Train = Callable[..., RunFolder]
 
@@ -39,14 +41,16 @@ def transfer(
 
     Args:
         recipe: of all tasks, trained jointly.
-        output: folder of the runs, of which those that are finished are not run again; `transfer.json` lies in it.
+        output: folder of the runs, of which those that are finished, with the same recipe, are not run again;
+            `transfer.json` lies in it.
         train: trains a recipe, as `peml.train` does.
         seeds: of the runs.
         leave_one_out: whether to find which partner hurts.
         report: told what has been trained.
 
     Raises:
-        PemlError: another regime, fewer than two tasks, or a training that cannot be made shorter.
+        PemlError: another regime, fewer than two tasks, a training that cannot be made shorter, or a run of another
+            recipe in the folder.
     """
     tasks = {task.name: task for task in recipe.build_tasks()}
     names = list(tasks)
@@ -69,11 +73,17 @@ def transfer(
     for seed in seeds:
         for run, own in trained.items():
             found = RunFolder(Path(output) / f"{run}-{seed}")
+            steps = max(1, round(int(recipe.setting("max_steps")) * sum(shares[name] for name in own)))
+            # A run that goes back to its best step needs its checkpoints.
+            kept = {"max_steps": steps, "seed": seed} | ({} if chooses_best(recipe.train) else {"save_strategy": "no"})
+            part = recipe.stage(own, train={**recipe.train, **kept}, evaluate_before=False)
             if not found.finished:
-                steps = max(1, round(int(recipe.setting("max_steps")) * sum(shares[name] for name in own)))
-                kept = {"max_steps": steps, "seed": seed, "save_strategy": "no"}
-                part = recipe.stage(own, train={**recipe.train, **kept}, evaluate_before=False)
                 train(part, found.path, overwrite=found.is_run)
+            elif (key := other_recipe(part, found)) is not None:
+                raise PemlError(
+                    f"{found.path} was trained with another recipe ({key} differs): "
+                    "choose another --output, or remove it"
+                )
             metrics = found.read_metrics()
             seconds[run] = seconds.get(run, 0.0) + metrics["train_seconds"]
             for name in own:
