@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -124,10 +125,11 @@ def find_affinity(
         "batch_rows": how.batch_rows, "lookahead": how.lookahead, "adapter": lora_settings(shared),
     }  # fmt: skip
     rounded = {key: round(value, 3) for key, value in seconds.items()}
+    if ahead is not None and not all(isfinite(gain) for row in ahead for gain in row):
+        raise PemlError("a loss behind a look-ahead step is no number: give a shorter step")
     nothing = cluster([[1.0] * len(names)] * len(names), names, 1)
-    whole = Affinity(names, mean, spread, blocks, ahead, how.by, nothing, settings, rounded, bill)
-    clustering = cluster(whole.matrix, names, how.clusters)
-    return Affinity(names, mean, spread, blocks, ahead, how.by, clustering, settings, rounded, bill)
+    whole = Affinity(names, mean, spread, blocks, ahead, how.by, nothing, settings, rounded, bill, found.depths)
+    return replace(whole, clustering=cluster(whole.matrix, names, how.clusters))
 
 
 def lora_settings(recipe: Recipe) -> Mapping[str, Any]:
