@@ -248,6 +248,8 @@ def test_the_base_is_left_as_it_was(tmp_path: Path) -> None:
     assert first.cosines == again.cosines
     assert before.keys() == work.model.state_dict().keys()
     assert all(torch.equal(value, before[key]) for key, value in work.model.state_dict().items())
+    with pytest.raises(PemlError, match="number of tasks, 2, not 3"):
+        find_affinity(whole, How(clusters=3, warmup_steps=10**9), workbench=work)
     one = Recipe.model_validate(recipe(tmp_path, tasks=recipe(tmp_path)["tasks"][:1]))
     with pytest.raises(PemlError, match="this recipe has one, size"):
         find_affinity(one, How())

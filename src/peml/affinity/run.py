@@ -82,7 +82,7 @@ def find_affinity(
     The base model is left as it was, without the LoRA. Nothing is evaluated and nothing is written.
 
     Args:
-        recipe: whose tasks, model, mixing and training settings are used; its method gives the rank.
+        recipe: whose tasks, model, mixing and training settings are used; a rank that it sets is that of the LoRA.
         how: what is measured.
         workbench: model and rows that are loaded already.
         console: where progress is shown; None: nowhere.
@@ -93,6 +93,8 @@ def find_affinity(
     names = [task.name for task in recipe.build_tasks()]
     if len(names) < 2:
         raise PemlError(f"affinity is between tasks, and this recipe has one, {names[0]}")
+    if how.clusters is not None and not 1 <= how.clusters <= len(names):
+        raise PemlError(f"clusters must be between 1 and the number of tasks, {len(names)}, not {how.clusters}")
     console = console or Console(quiet=True)
     shared = shared_recipe(recipe, names, how.warmup_steps)
     bench = prepare(shared) if workbench is None else _like(workbench, shared)
