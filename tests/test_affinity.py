@@ -282,7 +282,11 @@ def test_transfer_takes_no_scores_of_another_recipe(tmp_path: Path) -> None:
     whole = Recipe.model_validate(data | {"train": data["train"] | {"max_steps": 2} | chosen})
     record = transfer(whole, tmp_path / "out", train, seeds=[0])
     before = (tmp_path / "out" / "all-0" / "metrics.json").stat().st_mtime_ns
-    assert transfer(whole, tmp_path / "out", train, seeds=[0])["scores"] == record["scores"]
+    again = transfer(whole, tmp_path / "out", train, seeds=[0], leave_one_out=True)
+    assert again["scores"] == record["scores"] and record["partners"] == {}
+    # Of two tasks the one is the other's only partner.
+    own = again["transfer"]
+    assert again["partners"] == {"size": {"color": own["size"]}, "color": {"size": own["color"]}}
     assert (tmp_path / "out" / "all-0" / "metrics.json").stat().st_mtime_ns == before
     other = whole.model_copy(update={"train": {**whole.train, "learning_rate": 1.0}})
     with pytest.raises(PemlError, match=r"all-0 was trained with another recipe \(train.learning_rate differs\)"):

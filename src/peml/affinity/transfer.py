@@ -90,13 +90,15 @@ def transfer(
                 value = score(metrics["after"][name], tasks[name])
                 scores.setdefault(run, {}).setdefault(name, []).append(value)
             report(f"{run}, seed {seed}")
-    record = _compared(names, scores, list(seeds)) | {"seconds": {run: round(s, 3) for run, s in seconds.items()}}
+    record = _compared(names, scores, list(seeds), leave_one_out) | {
+        "seconds": {run: round(s, 3) for run, s in seconds.items()}
+    }
     write_text(Path(output) / "transfer.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
     return record
 
 
 def _compared(
-    names: Sequence[str], scores: Mapping[str, Mapping[str, Sequence[float]]], seeds: list[int]
+    names: Sequence[str], scores: Mapping[str, Mapping[str, Sequence[float]]], seeds: list[int], leave_one_out: bool
 ) -> dict[str, Any]:
     """Differences of scores, by task and by pair of tasks."""
 
@@ -104,10 +106,15 @@ def _compared(
         own = [a - b for a, b in zip(scores["all"][task], scores[other][task], strict=True)]
         return {"mean": fmean(own), "spread": stdev(own) if len(own) > 1 else None, "by_seed": own}
 
+    # Of two tasks, all but one is the other alone.
     partners = {
-        task: {other: difference(task, f"without-{other}") for other in names if other != task}
+        task: {
+            other: difference(task, f"without-{other}" if len(names) > 2 else f"alone-{task}")
+            for other in names
+            if other != task
+        }
         for task in names
-        if f"without-{names[0]}" in scores
+        if leave_one_out
     }
     transfers = {task: difference(task, f"alone-{task}") for task in names}
     return {"version": 1, "seeds": seeds, "transfer": transfers, "partners": partners, "scores": scores}
