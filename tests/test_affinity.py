@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -20,7 +21,7 @@ import peml
 from models import TASKS, adapt, tiny
 from peml import PemlError
 from peml.affinity import Affinity, How, cluster, find_affinity, write_affinity
-from peml.affinity.measure import measure
+from peml.affinity.measure import Measured, measure
 from peml.affinity.transfer import transfer
 from peml.cli import main
 from peml.regimes import train
@@ -71,6 +72,7 @@ def test_cosines_are_those_of_gradients_by_hand(tmp_path: Path) -> None:
         )
         torch.testing.assert_close(found.blocks[place] if place else found.cosines, wanted, rtol=1e-5, atol=1e-6)
     assert float(found.spread.max()) < 1e-6 and list(found.blocks) == ["model.layers.0", "model.layers.1"]
+    assert found.depths == {"model.layers.0": 0.25, "model.layers.1": 0.75}
 
 
 def test_lookahead_is_a_step_and_a_loss_by_hand(tmp_path: Path) -> None:
@@ -118,6 +120,13 @@ def test_without_structure_there_is_one_cluster() -> None:
     assert cluster(flat, list("abcd")).clusters == (tuple("abcd"),)
     assert cluster([[1, 0.1], [0.1, 1]], ["a", "b"]).clusters == (("a", "b"),)
     assert cluster([[1, -0.1], [-0.1, 1]], ["a", "b"]).clusters == (("a",), ("b",))
+    # No two of them agree.
+    contrary = np.full((3, 3), -0.4)
+    assert cluster(contrary, list("abc")).clusters == (("a",), ("b",), ("c",))
+    # A tie is no reason for another number of groups than was asked for.
+    tied = cluster(np.full((4, 4), 0.5), list("abcd"))
+    assert tied.clusters == (tuple("abcd"),)
+    assert [len(cluster(np.full((4, 4), 0.5), list("abcd"), n).clusters) for n in (1, 2, 3, 4)] == [1, 2, 3, 4]
     for number, affinity, message in (
         (5, FAMILIES, "number of tasks, 4, not 5"),
         (None, FAMILIES * np.nan, "no number"),
@@ -139,6 +148,15 @@ def test_an_affinity_is_written_read_and_drawn(tmp_path: Path) -> None:
     other = replace(own, blocks={place: np.eye(4).tolist() for place in blocks})
     assert other.between(0.0, 1.0) is own.clustering and len(other.between(0.0, 1.0, 3).clusters) == 3
     assert other.between(0.3, 1.0).clusters == (tuple("abcd"),)
+    # Blocks of two stacks, of which one has but its upper half adapted, and a layer outside of them.
+    flat = np.eye(4).tolist()
+    blocks = {"enc.0": flat, "enc.1": rows, "dec.1": rows, "head": flat}
+    depths = {"enc.0": 0.25, "enc.1": 0.75, "dec.1": 0.75, "head": None}
+    two = replace(own, blocks=blocks, depths=depths)
+    two.save(tmp_path / "two.json")
+    assert Affinity.load(tmp_path / "two.json") == two
+    assert two.between(0.5, 1.0).clusters == (("a", "b"), ("c", "d"))
+    assert two.between(0.0, 0.5).clusters == (tuple("abcd"),)
     picture = ElementTree.parse(tmp_path / "new" / "affinity.svg").getroot()
     words = [e.text for e in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert words.count("0.60") == 2 and words.count("-0.30") == 4 and "4 tasks in 2 clusters" in words
@@ -149,6 +167,22 @@ def test_an_affinity_is_written_read_and_drawn(tmp_path: Path) -> None:
         Affinity.load(tmp_path / "bad.json")
     with pytest.raises(PemlError, match="there is no"):
         Affinity.load(tmp_path / "none.json")
+
+
+def test_a_step_into_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "model")
+    whole = Recipe.model_validate(recipe(tmp_path))
+    found: list[Measured] = []
+
+    def spoilt(*args: Any, **settings: Any) -> Measured:
+        found.append(measure(*args, **settings))
+        assert found[-1].lookahead is not None
+        return replace(found[-1], lookahead=found[-1].lookahead * float("nan"))
+
+    monkeypatch.setattr("peml.affinity.run.measure", spoilt)
+    with pytest.raises(PemlError, match="give a shorter step"):
+        find_affinity(whole, How(1, 1, 2, lookahead=0.1))
+    assert found
 
 
 def test_wrong_measurements_are_refused() -> None:
@@ -214,6 +248,8 @@ def test_the_base_is_left_as_it_was(tmp_path: Path) -> None:
     assert first.cosines == again.cosines
     assert before.keys() == work.model.state_dict().keys()
     assert all(torch.equal(value, before[key]) for key, value in work.model.state_dict().items())
+    with pytest.raises(PemlError, match="number of tasks, 2, not 3"):
+        find_affinity(whole, How(clusters=3, warmup_steps=10**9), workbench=work)
     one = Recipe.model_validate(recipe(tmp_path, tasks=recipe(tmp_path)["tasks"][:1]))
     with pytest.raises(PemlError, match="this recipe has one, size"):
         find_affinity(one, How())
@@ -236,6 +272,25 @@ def test_transfer_is_a_difference_of_scores(tmp_path: Path) -> None:
             assert record["partners"][task][other] == {"mean": wanted, "spread": None, "by_seed": [wanted]}
     steps = {run: json.loads((tmp_path / "out" / f"{run}-0" / "metrics.json").read_text())["steps"] for run in scores}
     assert steps["all"] == 6 and steps["alone-size"] == 2 and steps["without-size"] == 4
+
+
+def test_transfer_takes_no_scores_of_another_recipe(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    data = recipe(tmp_path, method="lora", set={"adapter.r": 2})
+    # What saves and chooses checkpoints goes with a run of full length.
+    chosen = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_steps": 1}
+    whole = Recipe.model_validate(data | {"train": data["train"] | {"max_steps": 2} | chosen})
+    record = transfer(whole, tmp_path / "out", train, seeds=[0])
+    before = (tmp_path / "out" / "all-0" / "metrics.json").stat().st_mtime_ns
+    again = transfer(whole, tmp_path / "out", train, seeds=[0], leave_one_out=True)
+    assert again["scores"] == record["scores"] and record["partners"] == {}
+    # Of two tasks the one is the other's only partner.
+    own = again["transfer"]
+    assert again["partners"] == {"size": {"color": own["size"]}, "color": {"size": own["color"]}}
+    assert (tmp_path / "out" / "all-0" / "metrics.json").stat().st_mtime_ns == before
+    other = whole.model_copy(update={"train": {**whole.train, "learning_rate": 1.0}})
+    with pytest.raises(PemlError, match=r"all-0 was trained with another recipe \(train.learning_rate differs\)"):
+        transfer(other, tmp_path / "out", train, seeds=[0])
 
 
 def test_transfer_refuses_what_it_cannot_compare(tmp_path: Path) -> None:

@@ -289,3 +289,26 @@ if __name__ == "__main__":
     text = PAGE.read_text(encoding="utf-8")
     head, _, rest = text.partition(BEGIN)
     PAGE.write_text(head + table() + rest.partition(END)[2], encoding="utf-8")
+
+
+@pytest.mark.parametrize("form", ["lora", "merged", "prefix"])
+def test_a_plain_lora_in_groups_is_exported_by_task(form: str, tmp_path: Path) -> None:
+    """The method needs no task, its groups do."""
+    groups = [{"until": 0.5, "groups": "all"}, {"until": 1, "groups": "each"}]
+    method = "lora+prefix" if form == "prefix" else "lora"
+    run = write_run(tmp_path, method, {"groups": groups})
+    done = export_run(run, form)
+    assert done.tasks == ["size", "color"]
+    assert not any("the same for all tasks" in finding.text for finding in lint(open_adapter(run)[2].base_model, form))
+    fold, name = open_adapter(run)[2].base_model, "model.layers.1.mlp.up_proj"
+    plain = load_file(run.parent / "model" / "model.safetensors")[f"{name}.weight"]
+    for task in done.tasks:
+        down, up = fold.fold(task)[name]
+        place = done.folder / str(task)
+        if form == "lora":
+            written = load_file(place / "adapter_model.safetensors")
+            own = {key: written[f"base_model.model.{name}.{key}.weight"] for key in ("lora_A", "lora_B")}
+            torch.testing.assert_close(own["lora_B"] @ own["lora_A"], up.T @ down)
+        else:
+            written = load_file((place if form == "merged" else place / "base") / "model.safetensors")
+            torch.testing.assert_close(written[f"{name}.weight"] - plain, up.T @ down, rtol=1e-3, atol=1e-5)

@@ -176,6 +176,34 @@ def test_one_cluster_is_trained_started_afresh_and_removed_alone(method: object)
     assert not any(isinstance(module, GroupedAdapter) for module in model.modules())
 
 
+def trainable(model: PeftModel) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_clusters_are_trained_one_after_the_other() -> None:
+    """What one of them has frozen is trained for the next, whatever tasks come and go in between."""
+    model = adapt(tiny(), peml.CGCLoRA(r=4), groups=CLUSTERS)
+    tuner, of_all = model.base_model, trainable(model)
+    tuner.freeze_others(["rte", "cola"])
+    first = trainable(model)
+    tuner.freeze_others(["sst2"])
+    assert trainable(model) == of_all - first and first
+    tuner.freeze_others(["rte", "cola"])
+    assert trainable(model) == first
+    tuner.add_task("mnli", beside="sst2")
+    tuner.remove_tasks(["cola"])
+    with model.disable_adapter():
+        pass
+    assert trainable(model) == first
+    tuner.add_task("new")
+    tuner.freeze_others(["new"])
+    new = trainable(model)
+    assert new and all(".members.2." in name for name in new)
+    with model.disable_adapter():
+        pass
+    assert trainable(model) == new
+
+
 @pytest.mark.parametrize("method", [peml.LoRA(r=2), peml.CGCLoRA(r=4), peml.Poly(r=2)])
 def test_a_task_is_removed_from_its_group(method: object, tmp_path: Path) -> None:
     for groups in (None, CLUSTERS, [["cola"], ["rte", "sst2"]]):

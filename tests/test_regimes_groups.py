@@ -110,7 +110,23 @@ def test_a_cluster_is_added_to_a_run_without_moving_the_others(tmp_path: Path) -
     assert [level.groups for level in config.groups] == [(("size", "third"), ("color",), ("fourth", "fifth"))]
     before, after = weights(folder), weights(grown)
     assert all(torch.equal(value, after[key]) for key, value in before.items())
-    assert all(after[key].abs().max() > 0 for key in after if ".members.2." in key and key.endswith("up_specific"))
+    # What the new tasks share with each other is trained too.
+    ups = [key for key in after if ".members.2." in key and key.endswith((".up", ".up_specific"))]
+    assert any(key.endswith(".up") for key in ups)
+    assert all(after[key].abs().max() > 0 for key in ups)
+
+
+def test_a_cluster_of_plain_lora_is_added(tmp_path: Path) -> None:
+    """Nothing in it belongs to one task, and yet it is that of the new tasks alone."""
+    how = {"name": "one_plus_n", "clusters": CLUSTERS}
+    folder = peml.train(whole(tmp_path, how, method="lora"), tmp_path / "run")
+    entries = recipe(tmp_path)["tasks"]
+    added = tmp_path / "new.yaml"
+    added.write_text(yaml.safe_dump([entries[0] | {"name": "fourth"}, entries[1] | {"name": "fifth"}]))
+    grown = peml.train(grown_recipe(folder.path, added, "shared", beside="fourth"), tmp_path / "grown")
+    before, after = weights(folder), weights(grown)
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert all(value.abs().max() > 0 for key, value in after.items() if ".members.2." in key)
 
 
 def test_a_cluster_of_a_run_is_trained_again_alone(tmp_path: Path) -> None:

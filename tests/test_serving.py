@@ -387,6 +387,9 @@ def test_a_shared_adapter_may_be_merged(run: Path, tmp_path: Path) -> None:
     assert said == expected(alone, "red cat", "size", 8)[1]
     with pytest.raises(PemlError, match="--merge is for a low-rank part that is the same for all tasks"):
         open_service(run, merge=True)
+    grouped = write_run(tmp_path / "grouped", "lora", {"groups": [["size"], ["color"]]})
+    with pytest.raises(PemlError, match="--merge is for a low-rank part that is the same for all tasks"):
+        open_service(grouped, merge=True)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from peml.growth import Growing, replace_parameter
 class Clusters(Growing):
     """The part of a tuner that treats some of its tasks by themselves."""
 
-    _only: frozenset[int] = frozenset()
+    _only: Mapping[str, tuple[str, ...]] = {}
 
     def cluster_of(self, task: str) -> list[str]:
         """Tasks that share any of their layers' adapters with a task, but not with all; of a plain adapter, itself.
@@ -40,6 +40,28 @@ class Clusters(Growing):
             PemlError: an unknown task, or nothing works for these alone.
         """
         self._check_tasks(tasks)
+        own, name = self._own(tasks), self.adapter_in_force
+        assert name is not None
+        if not own:
+            raise PemlError(f"nothing in this adapter works for {', '.join(tasks)} alone: train all of it")
+        if name in self._only:
+            # What was frozen for another cluster is not for this one.
+            super().enable_adapter_layers()
+        self._freeze_but(own)
+        self._only = {**self._only, name: tuple(tasks)}
+
+    def enable_adapter_layers(self) -> None:
+        """As PEFT's, which trains everything again; what `freeze_others` froze stays frozen."""
+        super().enable_adapter_layers()
+        config = self.config_in_force
+        # Anew: tasks that have come or gone since have replaced parameters.
+        only = self._only.get(self.adapter_in_force or "", ())
+        tasks = [task for task in only if config is not None and task in config.task_names]
+        if tasks:
+            self._freeze_but(self._own(tasks))
+
+    def _own(self, tasks: Sequence[str]) -> set[int]:
+        """`id` of the parameters that work for some tasks alone, or have rows of theirs."""
         names = self._active_config().task_names
         ids = {names.index(task) for task in tasks}
         own = {key for key, owners in self.per_task_parameters().items() if ids & set(owners)}
@@ -49,19 +71,12 @@ class Clusters(Growing):
             for group, member in zip(groups, members, strict=True):
                 if ids.issuperset(group):
                     own |= {id(p) for p in member.parameters()}
-        if not own:
-            raise PemlError(f"nothing in this adapter works for {', '.join(tasks)} alone: train all of it")
+        return own
+
+    def _freeze_but(self, own: set[int]) -> None:
         for part in self.parts().values():
             for parameter in part:
                 parameter.requires_grad = parameter.requires_grad and id(parameter) in own
-        self._only = frozenset(own)
-
-    def enable_adapter_layers(self) -> None:
-        """As PEFT's, which trains everything again; what `freeze_others` froze stays frozen."""
-        super().enable_adapter_layers()
-        for part in self.parts().values() if self._only else ():
-            for parameter in part:
-                parameter.requires_grad = parameter.requires_grad and id(parameter) in self._only
 
     @torch.no_grad()
     def restart(self, tasks: Sequence[str]) -> None:

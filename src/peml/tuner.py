@@ -173,6 +173,7 @@ class PemlModel(Merging, Clusters):
         inactive = adapter_name not in self.active_adapters
         super().delete_adapter(adapter_name)
         self._selected.pop(adapter_name, None)
+        self._only = {name: tasks for name, tasks in self._only.items() if name != adapter_name}
         if self.peft_config and not inactive:
             # Each layer has chosen from the adapters that it hosts itself, which need not be the same everywhere.
             self.set_adapter(min(self.peft_config))

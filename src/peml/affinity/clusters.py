@@ -44,7 +44,7 @@ def cluster(affinity: Any, task_names: Sequence[str], number: int | None = None)
 
     Average linkage over these distances. The number of groups is that of the largest mean silhouette (Rousseeuw 1987)
     between 2 and T - 1; one group if that is below `WEAK`. Our choice: methods differ, and this one needs no number.
-    Two tasks, of which a silhouette cannot be had, are apart if their affinity is negative.
+    Where no two tasks have a positive affinity, each is apart: of that a silhouette cannot be had.
 
     Args:
         affinity: z, `[T, T]`, at most 1, such as cosines; the diagonal is not read.
@@ -54,7 +54,7 @@ def cluster(affinity: Any, task_names: Sequence[str], number: int | None = None)
     Raises:
         PemlError: a number that is not between 1 and T, or an affinity that is no number.
     """
-    from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
+    from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
     from sklearn.metrics import silhouette_score
 
@@ -71,21 +71,25 @@ def cluster(affinity: Any, task_names: Sequence[str], number: int | None = None)
             "an affinity is no number: the warm-up diverged, or a task has no gradient; lower learning_rate"
         )
     tree = linkage(squareform(distances, checks=False), "average")
-    labels = {n: fcluster(tree, n, "maxclust") for n in range(1, count + 1)}
-    # Ties in the tree may leave fewer groups than were asked for.
-    scores = {
-        n: float(silhouette_score(distances, labels[n], metric="precomputed"))
-        for n in range(2, count)
-        if len(set(labels[n])) == n
-    }
+    labels = {n: _labels(tree, count, n) for n in range(1, count + 1)}
+    scores = {n: float(silhouette_score(distances, labels[n], metric="precomputed")) for n in range(2, count)}
     if number is None:
         best = max(scores, key=lambda n: scores[n], default=None)
-        if best is None:
-            number = 2 if count == 2 and distances[0, 1] > 1 else 1
-        else:
-            number = best if scores[best] >= WEAK else 1
+        apart = count if tree[0, 2] > 1 else 1
+        number = best if best is not None and scores[best] >= WEAK else apart
     own = labels[number]
     groups = [tuple(n for n, at in zip(names, own, strict=True) if at == label) for label in dict.fromkeys(own)]
     merges = tuple((int(a), int(b), float(distance)) for a, b, distance, _ in tree)
     order = tuple(names[leaf] for leaf in leaves_list(tree))
     return Clustering(tuple(groups), scores.get(number), scores, merges, order)
+
+
+def _labels(tree: Matrix, count: int, number: int) -> list[int]:
+    """The group of each task after so many merges that `number` groups are left.
+
+    Not cut by a distance, as scipy does it: ties must not leave fewer groups than are asked for.
+    """
+    groups = {task: [task] for task in range(count)}
+    for step, (a, b, *_) in enumerate(tree[: count - number]):
+        groups[count + step] = groups.pop(int(a)) + groups.pop(int(b))
+    return [next(label for label, own in groups.items() if task in own) for task in range(count)]

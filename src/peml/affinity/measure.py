@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from peml.bank import BankLinear
 from peml.errors import PemlError
-from peml.groups import stack_of
+from peml.groups import depth_of, stack_of
 from peml.training.data import TaskRows
 from peml.training.trainer import MultiTaskTrainer
 
@@ -38,12 +38,14 @@ class Measured:
         cosines: `[T, T]`.
         spread: standard deviation over the batches of the cosines of each by itself, `[T, T]`.
         blocks: cosines by block, `[T, T]`, from the bottom up; of layers in no stack under their own path.
+        depths: middle of each of these blocks as a share of its stack's depth; of layers in no stack None.
         lookahead: mean over the batches, `[T, T]`, row i what a step for task i does to all; None: not asked for.
     """
 
     cosines: Tensor
     spread: Tensor
     blocks: dict[str, Tensor]
+    depths: dict[str, float | None]
     lookahead: Tensor | None
 
 
@@ -59,7 +61,7 @@ def measure(
         batch_rows: rows of each task in each batch; a task that has fewer gives all of them.
         step: of look-ahead, as a share of the norm of the weights; None: no look-ahead.
     """
-    places, ups, whole = _parameters(trainer)
+    depths, places, ups, whole = _parameters(trainer)
     single, ahead = [], []
     sums: list[list[Tensor]] = []
     was = trainer.model.training
@@ -80,6 +82,7 @@ def measure(
         _normalised(sum(gramians.values(), torch.zeros(()))),
         torch.stack(single).std(0, correction=0),
         {place: _normalised(gramian) for place, gramian in gramians.items()},
+        depths,
         torch.stack(ahead).mean(0) if ahead else None,
     )
 
@@ -93,9 +96,12 @@ def _gramians(places: Sequence[str], gradients: Sequence[Sequence[Tensor]]) -> d
     return out
 
 
-def _parameters(trainer: MultiTaskTrainer) -> tuple[list[str], list[int], list[nn.Parameter]]:
-    """Block of each up-projection, its place among all parameters of the adapter, and these."""
+def _parameters(
+    trainer: MultiTaskTrainer,
+) -> tuple[dict[str, float | None], list[str], list[int], list[nn.Parameter]]:
+    """Depth by block; block of each up-projection, its place among all parameters of the adapter, and these."""
     tuner, name = trainer.tuner, trainer.tuner.adapter_in_force or ""
+    depths: dict[str, float | None] = {}
     places: list[str] = []
     ups: list[int] = []
     whole: list[nn.Parameter] = []
@@ -105,11 +111,12 @@ def _parameters(trainer: MultiTaskTrainer) -> tuple[list[str], list[int], list[n
             for key, parameter in module.peml_adapter[name].named_parameters():
                 if key == "up":
                     places.append(path if stack is None else f"{stack[0]}.{stack[1]}")
+                    depths[places[-1]] = depth_of(tuner.model, path)
                     ups.append(len(whole))
                 whole.append(parameter)
     if not ups:
         raise PemlError("affinity is measured on a shared LoRA, and this model has none")
-    return places, ups, whole
+    return depths, places, ups, whole
 
 
 def _draws(rows: TaskRows, batches: int, size: int, seed: int) -> Iterator[list[list[int]]]:

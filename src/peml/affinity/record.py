@@ -30,6 +30,8 @@ class Affinity:
         settings: model, seed, steps of the warm-up, batches and rows.
         seconds: of the warm-up, the measurement, and both.
         bill: as of a run; see `peml.training.bill`.
+        depths: middle of each block as a share of its stack's depth; None: in no stack. Of a file without them, blocks
+            count as all of one stack.
     """
 
     tasks: list[str]
@@ -42,11 +44,14 @@ class Affinity:
     settings: dict[str, Any]
     seconds: dict[str, float]
     bill: dict[str, Any] = field(default_factory=dict)
+    depths: dict[str, float | None] = field(default_factory=dict)
 
     def between(self, low: float, high: float, number: int | None = None) -> Clustering:
         """Clusters by the mean of the blocks in a range of depth; where it has all or none, those of the whole."""
         count = len(self.blocks)
-        chosen = [own for i, own in enumerate(self.blocks.values()) if low < (i + 0.5) / count <= high]
+        depths = self.depths or {place: (i + 0.5) / count for i, place in enumerate(self.blocks)}
+        at = {place: depth for place, depth in depths.items() if depth is not None}
+        chosen = [self.blocks[place] for place, depth in at.items() if low < depth <= high]
         if self.by != "cosine" or len(chosen) in (0, count):
             return self.clustering if number is None else cluster(self.matrix, self.tasks, number)
         mean = [[sum(own[i][j] for own in chosen) / len(chosen) for j in self._range] for i in self._range]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -81,7 +82,7 @@ def find_affinity(
     The base model is left as it was, without the LoRA. Nothing is evaluated and nothing is written.
 
     Args:
-        recipe: whose tasks, model, mixing and training settings are used; its method gives the rank.
+        recipe: whose tasks, model, mixing and training settings are used; a rank that it sets is that of the LoRA.
         how: what is measured.
         workbench: model and rows that are loaded already.
         console: where progress is shown; None: nowhere.
@@ -92,6 +93,8 @@ def find_affinity(
     names = [task.name for task in recipe.build_tasks()]
     if len(names) < 2:
         raise PemlError(f"affinity is between tasks, and this recipe has one, {names[0]}")
+    if how.clusters is not None and not 1 <= how.clusters <= len(names):
+        raise PemlError(f"clusters must be between 1 and the number of tasks, {len(names)}, not {how.clusters}")
     console = console or Console(quiet=True)
     shared = shared_recipe(recipe, names, how.warmup_steps)
     bench = prepare(shared) if workbench is None else _like(workbench, shared)
@@ -124,10 +127,11 @@ def find_affinity(
         "batch_rows": how.batch_rows, "lookahead": how.lookahead, "adapter": lora_settings(shared),
     }  # fmt: skip
     rounded = {key: round(value, 3) for key, value in seconds.items()}
+    if ahead is not None and not all(isfinite(gain) for row in ahead for gain in row):
+        raise PemlError("a loss behind a look-ahead step is no number: give a shorter step")
     nothing = cluster([[1.0] * len(names)] * len(names), names, 1)
-    whole = Affinity(names, mean, spread, blocks, ahead, how.by, nothing, settings, rounded, bill)
-    clustering = cluster(whole.matrix, names, how.clusters)
-    return Affinity(names, mean, spread, blocks, ahead, how.by, clustering, settings, rounded, bill)
+    whole = Affinity(names, mean, spread, blocks, ahead, how.by, nothing, settings, rounded, bill, found.depths)
+    return replace(whole, clustering=cluster(whole.matrix, names, how.clusters))
 
 
 def lora_settings(recipe: Recipe) -> Mapping[str, Any]:

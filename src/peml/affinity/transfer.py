@@ -16,9 +16,11 @@ from typing import Any
 
 from peml.errors import PemlError
 from peml.evaluation.evaluate import score
+from peml.training.arguments import chooses_best
 from peml.training.folder import RunFolder, write_text
 from peml.training.recipe import Recipe
 from peml.training.regime import Joint
+from peml.training.run import other_recipe
 
 Train = Callable[..., RunFolder]
 
@@ -39,14 +41,16 @@ def transfer(
 
     Args:
         recipe: of all tasks, trained jointly.
-        output: folder of the runs, of which those that are finished are not run again; `transfer.json` lies in it.
+        output: folder of the runs, of which those that are finished, with the same recipe, are not run again;
+            `transfer.json` lies in it.
         train: trains a recipe, as `peml.train` does.
         seeds: of the runs.
         leave_one_out: whether to find which partner hurts.
         report: told what has been trained.
 
     Raises:
-        PemlError: another regime, fewer than two tasks, or a training that cannot be made shorter.
+        PemlError: another regime, fewer than two tasks, a training that cannot be made shorter, or a run of another
+            recipe in the folder.
     """
     tasks = {task.name: task for task in recipe.build_tasks()}
     names = list(tasks)
@@ -69,24 +73,32 @@ def transfer(
     for seed in seeds:
         for run, own in trained.items():
             found = RunFolder(Path(output) / f"{run}-{seed}")
+            steps = max(1, round(int(recipe.setting("max_steps")) * sum(shares[name] for name in own)))
+            # A run that goes back to its best step needs its checkpoints.
+            kept = {"max_steps": steps, "seed": seed} | ({} if chooses_best(recipe.train) else {"save_strategy": "no"})
+            part = recipe.stage(own, train={**recipe.train, **kept}, evaluate_before=False)
             if not found.finished:
-                steps = max(1, round(int(recipe.setting("max_steps")) * sum(shares[name] for name in own)))
-                kept = {"max_steps": steps, "seed": seed, "save_strategy": "no"}
-                part = recipe.stage(own, train={**recipe.train, **kept}, evaluate_before=False)
                 train(part, found.path, overwrite=found.is_run)
+            elif (key := other_recipe(part, found)) is not None:
+                raise PemlError(
+                    f"{found.path} was trained with another recipe ({key} differs): "
+                    "choose another --output, or remove it"
+                )
             metrics = found.read_metrics()
             seconds[run] = seconds.get(run, 0.0) + metrics["train_seconds"]
             for name in own:
                 value = score(metrics["after"][name], tasks[name])
                 scores.setdefault(run, {}).setdefault(name, []).append(value)
             report(f"{run}, seed {seed}")
-    record = _compared(names, scores, list(seeds)) | {"seconds": {run: round(s, 3) for run, s in seconds.items()}}
+    record = _compared(names, scores, list(seeds), leave_one_out) | {
+        "seconds": {run: round(s, 3) for run, s in seconds.items()}
+    }
     write_text(Path(output) / "transfer.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
     return record
 
 
 def _compared(
-    names: Sequence[str], scores: Mapping[str, Mapping[str, Sequence[float]]], seeds: list[int]
+    names: Sequence[str], scores: Mapping[str, Mapping[str, Sequence[float]]], seeds: list[int], leave_one_out: bool
 ) -> dict[str, Any]:
     """Differences of scores, by task and by pair of tasks."""
 
@@ -94,10 +106,15 @@ def _compared(
         own = [a - b for a, b in zip(scores["all"][task], scores[other][task], strict=True)]
         return {"mean": fmean(own), "spread": stdev(own) if len(own) > 1 else None, "by_seed": own}
 
+    # Of two tasks, all but one is the other alone.
     partners = {
-        task: {other: difference(task, f"without-{other}") for other in names if other != task}
+        task: {
+            other: difference(task, f"without-{other}" if len(names) > 2 else f"alone-{task}")
+            for other in names
+            if other != task
+        }
         for task in names
-        if f"without-{names[0]}" in scores
+        if leave_one_out
     }
     transfers = {task: difference(task, f"alone-{task}") for task in names}
     return {"version": 1, "seeds": seeds, "transfer": transfers, "partners": partners, "scores": scores}

@@ -71,7 +71,7 @@ def write_merged(
     config = tuner.config_in_force
     assert config is not None
     if config.adapter is not None:
-        tuner.select_task(task if config.adapter.needs_task else None)
+        tuner.select_task(task if config.adapter_needs_task else None)
         tuner.merge_adapter()
     model: Any = tuner._unload()
     save_model(model, tokenizer, folder, dtype)
@@ -127,7 +127,7 @@ def write_prefix(
         return None
     num_tokens = json.loads((folder / "prefix" / "adapter_config.json").read_text())["num_virtual_tokens"]
     if config.adapter is not None:
-        tuner.select_task(task if config.adapter.needs_task else None)
+        tuner.select_task(task if config.adapter_needs_task else None)
         tuner.merge_adapter()
     model: Any = tuner._unload()
     if learned:

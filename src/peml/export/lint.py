@@ -108,7 +108,7 @@ def _remarks(tuner: PemlModel, config: PemlConfig, form: str) -> list[str]:
         rank = config.adapter.folded_rank(len(config.task_names))
         if form == "lora" and rank > VLLM_RANK:
             found.append(f"rank {rank}: start vLLM with --max-lora-rank {rank} or the next that it offers")
-    if form == "lora" and config.adapter is not None and not config.adapter.needs_task:
+    if form == "lora" and config.adapter is not None and not config.adapter_needs_task:
         found.append("the same for all tasks: one adapter, and one LoRA id where it is served")
     if form == "prefix" and config.prompt is not None and not config.prompt.at_input:
         found.append("in a direct call with left padding PEFT wants position_ids; `generate` makes them")

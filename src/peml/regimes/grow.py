@@ -85,13 +85,14 @@ def _attached(bench: Workbench, source: RunFolder, how: Grow) -> PeftModel:
         else:
             tuner.add_task(name, how.init, wanted.num_labels[at], wanted.scale_of(at), beside=beside)
     if how.freeze == "shared":
-        own = {names.index(name) for name in how.tasks}
-        if not any(own & set(tasks) for tasks in tuner.per_task_parameters().values()):
+        try:
+            # Groups that have none but new tasks are theirs alone, whole.
+            tuner.freeze_others(how.tasks)
+        except PemlError as error:
             raise PemlError(
                 "all parameters of this adapter are shared by its tasks: none would be left to train with --freeze "
                 "shared; add --freeze none, which trains everything on the rows of all tasks"
-            )
-        tuner.freeze_shared()
+            ) from error
     return model
 
 

@@ -50,7 +50,7 @@ def open_service(
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = model.base_model.config_in_force
     if merge:
-        if config.adapter is None or not config.adapter.foldable or config.adapter.needs_task:
+        if config.adapter is None or not config.adapter.foldable or config.adapter_needs_task:
             raise PemlError(f"{run}: --merge is for a low-rank part that is the same for all tasks: leave it out")
         model.base_model.merge_adapter()
     tasks = {task.name: task for task in recipe.build_tasks()}
