@@ -117,7 +117,7 @@ def test_a_run_folder_holds_everything(tmp_path: Path) -> None:
     assert metrics["learning_rates"] == {"adapter": 1e-2, "prompt": 1e-3, "architecture": 3e-3}
     assert load_recipe(folder.recipe).config() == load_recipe(tmp_path / "recipe.yaml").config()
     log = [json.loads(line) for line in folder.log.read_text().splitlines()]
-    assert {"loss/size", "loss/color", "penalty/cost", "learning_rate"} <= set(log[0])
+    assert {"loss/size", "loss/color", "penalty/entropy", "learning_rate"} <= set(log[0])
     assert not [p for p in folder.path.rglob(".*")], "nothing temporary is left"
     bench, model = open_run(folder.path)
     again = bench.evaluate(model)
