@@ -15,12 +15,21 @@ from typing import Any
 import pytest
 
 from peml.compare import CompareFolder
-from peml.compare.words import average_words, bytes_words, count_words, gain_words, p_words, seconds_words, signed
+from peml.compare.words import (
+    average_words,
+    bytes_words,
+    count_words,
+    gain_words,
+    p_words,
+    rounded,
+    seconds_words,
+    signed,
+)
 from peml.errors import PemlError
 from peml.picture import draw
 from peml.prompts import Architecture
 from peml.report import report
-from peml.report.charts import Dot, dots, fitted, marks_between, scatter
+from peml.report.charts import Dot, dots, fitted, marks_between, scatter, shares
 from peml.report.contents import contents_of, loss_curve
 from peml.report.markdown import markdown
 from peml.report.page import page
@@ -130,10 +139,7 @@ def test_markdown_has_every_table_and_what_failed() -> None:
         assert f"## {table.title}" in text
         for row in table.rows:
             assert all((f"**{cell.words}**" if cell.strong else cell.words) in text for cell in row if cell.words)
-    assert (
-        "- lora, seed 0: out of | memory" in text
-        and "peml compare recipe.yaml --methods lora,lora+prefix,peml --seeds 3" in text
-    )
+    assert "- lora, seed 0: out of | memory" in text and "```\npeml compare recipe.yaml\n```" in text
     assert text.index("| task1 | -0.040") < text.index("| task0 | **+0.020")
 
 
@@ -210,11 +216,11 @@ def test_a_dot_is_where_its_value_is() -> None:
     assert places[1] - places[0] == pytest.approx(0.25 * scale, abs=0.02)
     assert svg.count('class="seed"') == 2 and svg.count('class="limit"') == 1
     # One value alone has an axis too.
-    assert "nan" not in dots("x", [Dot("a", 1.0)]) and "nan" not in scatter("x", [("a", 5.0, 1.0, None)], "y", {})
+    assert "nan" not in dots("x", [Dot("a", 1.0)]) and "nan" not in scatter("x", [("a", 5.0, 1.0, None)], "y")
 
 
 def test_labels_of_a_scatter_do_not_cover_each_other() -> None:
-    svg = scatter("x", [(f"method {i}", 1000.0, 0.5, (0.4, 0.6)) for i in range(6)], "numbers", {})
+    svg = scatter("x", [(f"method {i}", 1000.0, 0.5, (0.4, 0.6)) for i in range(6)], "numbers")
     lines = [float(y) for y in re.findall(r'y="([\d.]+)" class="small over"', svg)]
     assert len(lines) == 6 and all(b - a >= 10 for a, b in pairwise(lines))
 
@@ -225,7 +231,39 @@ def test_marks_are_round_and_within() -> None:
     assert fitted("a", 100) == "a" and fitted("a" * 50, 60).endswith("…")
 
 
+def test_ticks_of_times_that_are_close_are_told_apart() -> None:
+    svg = scatter("x", [("a", 0.7, 0.5, None), ("b", 1.7, 0.6, None)], "time", seconds_words)
+    ticks = re.findall(r'class="small quiet"[^>]*>([^<]* s)<', svg)
+    assert ticks == ["1 s", "1.5 s"]
+
+
+def test_without_runs_of_the_baseline_nothing_is_called_so() -> None:
+    given = contents()
+    given["methods"][0] |= {"average": None, "versus": None, "cost": None, "tasks": {}}
+    for row in given["methods"][1:]:
+        row["versus"] = None
+    assert [row[3].words for row in tables_of(given)[0].rows] == ["-", "-"]
+    text = markdown(given)
+    assert "no run shares a seed with another method: nothing is tested" in text and "told apart" not in text
+    assert "<svg" in page(given)
+
+
+def test_names_are_no_markup_in_markdown_either() -> None:
+    given = contents(4)
+    given["jobs"][0] |= {"state": "failed", "error": "<img src=x>"}
+    text = markdown(given)
+    assert "| &lt;b>&amp; |" in text and "<b>" not in text and "<img" not in text
+
+
+def test_five_kinds_of_time_have_five_colours() -> None:
+    parts = [(name, 1.0) for name in ("tuning", "search", "discretisation", "stages", "training")]
+    drawn = re.findall(r'class="(part\d)"', shares([("a", parts)], ["5 s"]))
+    assert len(drawn) == 10 and len(set(drawn)) == 5 and all(f".{name}{{" in page(contents()) for name in drawn)
+
+
 def test_words() -> None:
+    assert count_words(999_900) == "1 M" and count_words(999_400) == "999 k" and count_words(1.24e9) == "1.24 G"
+    assert bytes_words(2e13) == "20,000 GB" and seconds_words(4e7) == "11,111 h" and rounded(0.0123) == "0.0123"
     assert count_words(1234567) == "1.23 M" and count_words(12) == "12" and bytes_words(2.5e6) == "2.5 MB"
     assert seconds_words(0.0123) == "12.3 ms" and seconds_words(7200) == "2 h" and seconds_words(120) == "2 min"
     assert signed(-0.0001) == "0.000" and signed(0.02) == "+0.020"

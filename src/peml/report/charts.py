@@ -6,7 +6,7 @@ One colour is the data, quiet ones are the rest, and what stands is filled: noth
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -107,7 +107,10 @@ def ends_of(rows: Sequence[Dot]) -> list[float]:
 
 
 def scatter(
-    title: str, points: Sequence[tuple[str, float, float, Sequence[float] | None]], across: str, unit: Mapping[str, str]
+    title: str,
+    points: Sequence[tuple[str, float, float, Sequence[float] | None]],
+    across: str,
+    written: Callable[[float], str] = count_words,
 ) -> str:
     """Score against a cost, with the interval of each score; the cost by factors.
 
@@ -115,7 +118,7 @@ def scatter(
         title: above it.
         points: label, cost, score, and the score's interval.
         across: what the cost is.
-        unit: how its ticks are written, by `repr`; empty: as counts.
+        written: a cost in words.
     """
     height, left, right, top, bottom = 250, 40, 352, 30, 200
     costs = [math.log10(max(cost, 1e-12)) for _, cost, _, _ in points]
@@ -137,7 +140,7 @@ def scatter(
     for mark in _powers(low, high):
         x = at(mark, least)[0]
         pieces.append(path([(x, bottom), (x, bottom + 4)], "line"))
-        pieces.append(text(x, bottom + 16, unit.get(repr(mark), count_words(mark)), "small quiet", "middle"))
+        pieces.append(text(x, bottom + 16, written(mark), "small quiet", "middle"))
     pieces.append(text(right, bottom + 34, across, "small quiet", "end"))
     taken: list[tuple[float, float, float]] = []
     for label, cost, score, interval in sorted(points, key=lambda point: -point[2]):
@@ -146,7 +149,7 @@ def scatter(
             pieces.append(path([(x, at(cost, end)[1]) for end in interval], "thin"))
         pieces.append(f'<circle cx="{x:.2f}" cy="{y:.2f}" r="4" class="dot"/>')
         pieces.append(_beside(label, x, y, right, taken))
-    about = "; ".join(f"{label} {score:.3f} at {count_words(cost)}" for label, cost, score, _ in points)
+    about = "; ".join(f"{label} {score:.3f} at {written(cost)}" for label, cost, score, _ in points)
     return figure(height, title, about, pieces)
 
 
@@ -210,7 +213,7 @@ def shares(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], shown: Seque
         for name, size in parts:
             wide = (_RIGHT - _LEFT) * size / most
             if size:
-                pieces.append(rect(x, y + 4, max(0.5, wide - 0.5), 12, f"part{names.index(name) % 4}"))
+                pieces.append(rect(x, y + 4, max(0.5, wide - 0.5), 12, f"part{names.index(name) % 5}"))
             x += wide
         pieces.append(text(WIDTH, y + 14, words, "small", "end"))
     y, x = 24.0 + _ROW * len(rows) + 14, float(_LEFT)
@@ -218,7 +221,7 @@ def shares(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], shown: Seque
         wide = 16 + length_of(name, _SMALL) + 10
         if x + wide > WIDTH and x > _LEFT:
             x, y = float(_LEFT), y + 15
-        pieces += [rect(x, y - 8, 10, 10, f"part{place % 4}"), text(x + 14, y, name, "small quiet")]
+        pieces += [rect(x, y - 8, 10, 10, f"part{place % 5}"), text(x + 14, y, name, "small quiet")]
         x += wide
     return figure(
         y + 10, "Where the time goes", "; ".join(f"{r[0]} {w}" for r, w in zip(rows, shown, strict=True)), pieces
