@@ -321,10 +321,8 @@ frame.srcdoc = REPORT
 </script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which is absent")
-def test_a_browser_shows_it_on_a_phone(tmp_path: Path) -> None:
-    """No sideways scrolling of the page, no text beyond its chart, every picture there, nothing fetched."""
-    html = page(searched(contents(12, 5, 8)))
+def shown(html: str, tmp_path: Path) -> dict[str, Any]:
+    """What a browser as wide as a phone makes of a page."""
     probe = tmp_path / "probe.html"
     probe.write_text(PROBE.replace("REPORT", json.dumps(html).replace("</", "<\\/")), encoding="utf-8")
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
@@ -332,7 +330,14 @@ def test_a_browser_shows_it_on_a_phone(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     seen = re.search(r'<pre id="out">(.+?)</pre>', done.stdout)
     assert seen is not None, done.stderr[-2000:]
-    found = json.loads(seen[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+    found: dict[str, Any] = json.loads(seen[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+    return found
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which is absent")
+def test_a_browser_shows_it_on_a_phone(tmp_path: Path) -> None:
+    """No sideways scrolling of the page, no text beyond its chart, every picture there, nothing fetched."""
+    found = shown(page(searched(contents(12, 5, 8))), tmp_path)
     assert found["wide"] <= 360 and found["fetched"] == 0 and found["svgs"] == 11 + 9 + 4 + 12
     assert found["images"] and all(found["images"]) and found["clipped"] == [] and found["size"] == "15px"
 
@@ -351,3 +356,26 @@ def test_runs_of_a_search_are_read(tmp_path: Path) -> None:
     assert found["architectures"] == {"peml": [{"operations": ["a"], "tokens": [[0]], "lost": 1.5}]}
     assert found["pictures"] == {"peml": "<svg/>"} and found["curves"] == {}
     assert found["ablations"] == {"peml": {"prompt": [{"average": 1, "tasks": {}}]}}
+
+
+LONG = (
+    "lora",
+    "a very long name of a method that someone has given to it, with commas",
+    "并行适配器方法与前缀搜索的组合",
+    "a-name-in-one-piece-" * 3,
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which is absent")
+def test_long_names_and_wide_letters_stay_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("test_report.NAMES", LONG)
+    given = contents(4)
+    new = {"task0": "a task whose name is much too long for any panel of a phone", "task1": "任务" * 15}
+    for task in given["tasks"]:
+        task |= {"name": new[task["name"]], "score": ["squad_exact_match", "squad_f1"]}
+    for row in given["methods"]:
+        for own in (row, row["versus"] or row):
+            own["tasks"] = {new.get(name, name): value for name, value in own["tasks"].items()}
+    found = shown(page(given), tmp_path)
+    assert found["wide"] <= 360, found
+    assert found["clipped"] == []

@@ -17,7 +17,8 @@ WIDTH = 360
 """Of a panel: most phones."""
 
 _LEFT, _RIGHT, _ROW = 118, 300, 20
-_SMALL = 10.5
+_SMALL, _HEAD = 10.5, 13
+"""Sizes of letters; bold ones are wider than their 12 pixels."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def figure(height: float, title: str, about: str, pieces: Sequence[str]) -> str:
     """
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(f"{title}: {about}", quote=True)}">'
-        + text(0, 14, title, "head")
+        + text(0, 14, fitted(title, WIDTH, _HEAD), "head")
         + "".join(pieces)
         + "</svg>"
     )
@@ -155,6 +156,7 @@ def scatter(
 
 def _beside(label: str, x: float, y: float, right: float, taken: list[tuple[float, float, float]]) -> str:
     """A label right or left of its point, lowered until it covers no other."""
+    label = fitted(label, right / 2 - 10)
     width = length_of(label, _SMALL)
     leftwards = x + 7 + width > right
     begin, line = (x - 7 - width if leftwards else x + 7), y + 4
@@ -254,11 +256,12 @@ def _powers(low: float, high: float) -> list[float]:
     return found if len(found) <= 5 else found[:: math.ceil(len(found) / 5)]
 
 
-def fitted(label: str, width: float) -> str:
+def fitted(label: str, width: float, size: float = _SMALL) -> str:
     """A label that fits, its end left out if it must be."""
-    if length_of(label, _SMALL) <= width:
+    size *= 1.1  # the fonts of some systems are wider than most
+    if length_of(label, size) <= width:
         return label
-    kept = int(width / length_of("x", _SMALL)) - 1
+    kept = next((n for n in range(len(label), 0, -1) if length_of(f"{label[:n]}…", size) <= width), 0)
     return f"{label[:kept]}…"
 
 

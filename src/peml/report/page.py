@@ -17,6 +17,7 @@ _PAGE = """
 *{box-sizing:border-box}
 body{margin:0 auto;padding:24px 16px 64px;max-width:1160px;background:var(--paper);color:var(--ink);
 font:15px/1.5 Inter,"Helvetica Neue",Helvetica,Arial,sans-serif}
+h1,h2,p,li{overflow-wrap:anywhere}
 h1{font-size:24px;margin:0 0 8px}h2{font-size:17px;margin:40px 0 8px}p{max-width:75ch;margin:8px 0}
 .note{color:var(--quiet);font-size:13px}
 .wide{overflow-x:auto;margin:8px 0}
