@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from peml.compare import CompareFolder
+from peml.compare.folder import COMPARED
 from peml.compare.words import (
     average_words,
     bytes_words,
@@ -289,6 +290,9 @@ def test_losses_are_means_over_seeds_thinned_out(tmp_path: Path) -> None:
 def test_a_report_is_written_beside_its_comparison(tmp_path: Path) -> None:
     with pytest.raises(PemlError, match="holds no comparison"):
         report(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(COMPARED)
+    with pytest.raises(PemlError, match="was stopped: call `peml compare` again, it goes on"):
+        report(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps(contents()))
     html, text, data = report(tmp_path)
     assert (html.name, text.name, data.name) == ("report.html", "report.md", "report.json")
@@ -356,6 +360,9 @@ def test_runs_of_a_search_are_read(tmp_path: Path) -> None:
     assert found["architectures"] == {"peml": [{"operations": ["a"], "tokens": [[0]], "lost": 1.5}]}
     assert found["pictures"] == {"peml": "<svg/>"} and found["curves"] == {}
     assert found["ablations"] == {"peml": {"prompt": [{"average": 1, "tasks": {}}]}}
+    (folder / "evaluation.json").write_text("{")
+    with pytest.raises(PemlError, match=r"evaluation.json is damaged .*: evaluate the run again"):
+        contents_of(CompareFolder(tmp_path))
 
 
 LONG = (

@@ -124,6 +124,8 @@ class CompareFolder:
             PemlError: it does not.
         """
         folder = cls(path)
+        if not folder.results.is_file() and folder._ours():
+            raise PemlError(f"the comparison in {folder.path} was stopped: call `peml compare` again, it goes on")
         if not folder.results.is_file():
             raise PemlError(f"{folder.path} holds no comparison: there is no {folder.results.name} in it")
         return folder
