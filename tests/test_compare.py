@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from rich.console import Console
 from peml import Recipe
 from peml.compare import CompareFolder, compare, runners
 from peml.compare.costs import measure_costs
+from peml.compare.folder import Job
 from peml.compare.plan import plan
+from peml.compare.results import parameters_of
 from peml.compare.runners import LocalRunner, RayRunner, share
 from peml.compare.show import results_table
 from peml.compare.words import average_words, count_words
@@ -31,6 +34,7 @@ from peml.methods import trainable_parameters
 from peml.training import RunFolder
 from peml.training.recipe import load_recipe
 from peml.training.workbench import prepare
+from peml.tuning.folder import TuneFolder
 from workshop import recipe, write_model, write_recipe
 
 
@@ -454,3 +458,87 @@ def test_the_section_in_the_documentation_is_one(tmp_path: Path) -> None:
     assert {entry.name for entry in found.entries} == set(section["methods"]) and len(found.seeds) == 5
     ranges = {entry.name: set(entry.ranges or ()) for entry in found.entries}
     assert ranges["peml"] == {"train.learning_rate"} and "adapter.r" not in ranges["LoRA at PEML's rank"]
+
+
+def test_the_size_of_a_drawn_architecture_is_that_of_each_seed(tmp_path: Path) -> None:
+    own = {"peml": {}, "random": {"method": "peml", "architecture": "random"}}
+    path = small(tmp_path, compare={"methods": own, "seeds": 4})
+    found = plan(load_recipe(path))
+    drawn, bench = found.entry("random").drawn, prepare(load_recipe(path))
+    assert set(drawn) == {0, 1, 2, 3} and len(set(drawn.values())) > 1 and found.entry("peml").drawn == {}
+    for seed in drawn:
+        recipe = found.entry("random").recipe(seed)
+        assert drawn[seed] == trainable_parameters(replace(bench, recipe=recipe).config(), bench.model)
+    counted = parameters_of(found.entry("random"), [1, 3], 6000)
+    assert counted["trained"] == round((drawn[1] + drawn[3]) / 2)
+    assert abs(counted["deviation"]) == pytest.approx(max(abs(drawn[s] / 6000 - 1) for s in (1, 3)))
+
+
+def test_runs_from_before_a_tuning_are_not_taken_for_tuned_ones(tmp_path: Path) -> None:
+    path = small(tmp_path, tune={"held_out": 12, "steps": 2}, compare={"methods": ["lora", "mtl-lora"], "seeds": 1})
+    folder = compare(path, tmp_path / "out", runner=Here())
+    runner = Here()
+    with pytest.raises(PemlError, match=r"the run in .*lora/0 was trained before all 2 trials of its tuning"):
+        compare(path, folder.path, trials=2, runner=runner)
+    # And a tuning with more trials than the others would get is no equal one.
+    tuned = plan(load_recipe(path), trials=2)
+    new = CompareFolder(tmp_path / "new")
+    new.create(tuned)
+    for entry in tuned.entries:
+        tuning = TuneFolder(new.tuning(entry).output)
+        tuning.create(new.tuned_recipe(tuned, entry))
+        tuning.write_best(entry.recipe(0))
+        tuning.write_summary({"trials": [{}] * 5})
+    with pytest.raises(PemlError, match=r"lora was tuned with 5 trials in .*, and 2 are asked for"):
+        compare(path, new.path, trials=2, runner=runner)
+    new.tuning(tuned.entries[0]).output.joinpath("trials.json").write_text("{")
+    with pytest.raises(PemlError, match=r"trials.json is damaged \(JSONDecodeError\): remove .*lora/tune"):
+        compare(path, new.path, trials=2, runner=runner)
+    assert runner.seen == []
+
+
+@pytest.mark.parametrize("key", ["per_device_train_batch_size", "gradient_accumulation_steps", "max_length"])
+def test_what_decides_the_rows_is_tuned_for_no_method(tmp_path: Path, key: str) -> None:
+    ranges = {f"train.{key}": [2, 4]}
+    path = small(tmp_path, compare={"methods": {"lora": {"tune": ranges}, "peml": {}}, "trials": 2})
+    with pytest.raises(PemlError, match=f"compare.methods.lora: .*train.{key} must be the same for all methods"):
+        plan(load_recipe(path))
+    own = small(tmp_path, tune={"ranges": ranges}, compare={"methods": ["lora", "peml"], "trials": 2})
+    with pytest.raises(PemlError, match=f"compare.methods.peml: train.{key} must be the same for all methods"):
+        plan(load_recipe(own))
+
+
+def test_a_run_that_cannot_be_read_is_said_and_the_rest_compared(
+    compared: tuple[Path, CompareFolder], tmp_path: Path
+) -> None:
+    path, folder = compared
+    shutil.copytree(folder.path, tmp_path / "out")
+    (tmp_path / "out" / "peml" / "1" / "predictions.json").write_text("{")
+    results = compare(path, tmp_path / "out", methods=THREE, seeds=2, runner=Here()).read_results()
+    assert [row["seeds"] for row in results["methods"]] == [[0, 1], [0, 1], [0]]
+    failed = [job for job in results["jobs"] if job["state"] == "failed"]
+    assert [job["name"] for job in failed] == ["peml, seed 1"]
+    assert "predictions.json is damaged" in failed[0]["error"] and "remove" in failed[0]["error"]
+
+
+def test_records_that_a_job_left_damaged_stop_no_other(tmp_path: Path) -> None:
+    class Spoils(Here):
+        def submit(self, command: Sequence[str], log: Path) -> Future[int]:
+            future = super().submit(command, log)
+            if self.seen[-1][1] == "lora/0":
+                (Path(command[2]) / "metrics.json").write_text("{")
+            return future
+
+    path = small(tmp_path, compare={"methods": ["lora", "mtl-lora"], "seeds": 1})
+    results = compare(path, tmp_path / "out", runner=Spoils()).read_results()
+    assert [job["state"] for job in results["jobs"]] == ["failed", "done"]
+    assert "metrics.json is damaged" in results["jobs"][0]["error"] and results["methods"][1]["versus"] is None
+
+
+def test_a_job_that_was_killed_is_not_blamed_on_its_last_words(tmp_path: Path) -> None:
+    job = Job("train", "lora", 0, tmp_path / "lora" / "0", tmp_path / "lora" / "0.yaml")
+    job.log.parent.mkdir()
+    job.log.write_text("a warning of no importance\n")
+    assert job.failure(1) == "a warning of no importance"
+    assert job.failure(-9).startswith("it was killed by signal 9, as Linux does where memory runs out")
+    assert str(job.log) in job.failure(-15) and "memory" not in job.failure(-15)

@@ -15,12 +15,22 @@ from typing import Any
 import pytest
 
 from peml.compare import CompareFolder
-from peml.compare.words import average_words, bytes_words, count_words, gain_words, p_words, seconds_words, signed
+from peml.compare.folder import COMPARED
+from peml.compare.words import (
+    average_words,
+    bytes_words,
+    count_words,
+    gain_words,
+    p_words,
+    rounded,
+    seconds_words,
+    signed,
+)
 from peml.errors import PemlError
 from peml.picture import draw
 from peml.prompts import Architecture
 from peml.report import report
-from peml.report.charts import Dot, dots, fitted, marks_between, scatter
+from peml.report.charts import Dot, dots, fitted, marks_between, scatter, shares
 from peml.report.contents import contents_of, loss_curve
 from peml.report.markdown import markdown
 from peml.report.page import page
@@ -130,10 +140,7 @@ def test_markdown_has_every_table_and_what_failed() -> None:
         assert f"## {table.title}" in text
         for row in table.rows:
             assert all((f"**{cell.words}**" if cell.strong else cell.words) in text for cell in row if cell.words)
-    assert (
-        "- lora, seed 0: out of | memory" in text
-        and "peml compare recipe.yaml --methods lora,lora+prefix,peml --seeds 3" in text
-    )
+    assert "- lora, seed 0: out of | memory" in text and "```\npeml compare recipe.yaml\n```" in text
     assert text.index("| task1 | -0.040") < text.index("| task0 | **+0.020")
 
 
@@ -210,11 +217,11 @@ def test_a_dot_is_where_its_value_is() -> None:
     assert places[1] - places[0] == pytest.approx(0.25 * scale, abs=0.02)
     assert svg.count('class="seed"') == 2 and svg.count('class="limit"') == 1
     # One value alone has an axis too.
-    assert "nan" not in dots("x", [Dot("a", 1.0)]) and "nan" not in scatter("x", [("a", 5.0, 1.0, None)], "y", {})
+    assert "nan" not in dots("x", [Dot("a", 1.0)]) and "nan" not in scatter("x", [("a", 5.0, 1.0, None)], "y")
 
 
 def test_labels_of_a_scatter_do_not_cover_each_other() -> None:
-    svg = scatter("x", [(f"method {i}", 1000.0, 0.5, (0.4, 0.6)) for i in range(6)], "numbers", {})
+    svg = scatter("x", [(f"method {i}", 1000.0, 0.5, (0.4, 0.6)) for i in range(6)], "numbers")
     lines = [float(y) for y in re.findall(r'y="([\d.]+)" class="small over"', svg)]
     assert len(lines) == 6 and all(b - a >= 10 for a, b in pairwise(lines))
 
@@ -225,7 +232,39 @@ def test_marks_are_round_and_within() -> None:
     assert fitted("a", 100) == "a" and fitted("a" * 50, 60).endswith("…")
 
 
+def test_ticks_of_times_that_are_close_are_told_apart() -> None:
+    svg = scatter("x", [("a", 0.7, 0.5, None), ("b", 1.7, 0.6, None)], "time", seconds_words)
+    ticks = re.findall(r'class="small quiet"[^>]*>([^<]* s)<', svg)
+    assert ticks == ["1 s", "1.5 s"]
+
+
+def test_without_runs_of_the_baseline_nothing_is_called_so() -> None:
+    given = contents()
+    given["methods"][0] |= {"average": None, "versus": None, "cost": None, "tasks": {}}
+    for row in given["methods"][1:]:
+        row["versus"] = None
+    assert [row[3].words for row in tables_of(given)[0].rows] == ["-", "-"]
+    text = markdown(given)
+    assert "no run shares a seed with another method: nothing is tested" in text and "told apart" not in text
+    assert "<svg" in page(given)
+
+
+def test_names_are_no_markup_in_markdown_either() -> None:
+    given = contents(4)
+    given["jobs"][0] |= {"state": "failed", "error": "<img src=x>"}
+    text = markdown(given)
+    assert "| &lt;b>&amp; |" in text and "<b>" not in text and "<img" not in text
+
+
+def test_five_kinds_of_time_have_five_colours() -> None:
+    parts = [(name, 1.0) for name in ("tuning", "search", "discretisation", "stages", "training")]
+    drawn = re.findall(r'class="(part\d)"', shares([("a", parts)], ["5 s"]))
+    assert len(drawn) == 10 and len(set(drawn)) == 5 and all(f".{name}{{" in page(contents()) for name in drawn)
+
+
 def test_words() -> None:
+    assert count_words(999_900) == "1 M" and count_words(999_400) == "999 k" and count_words(1.24e9) == "1.24 G"
+    assert bytes_words(2e13) == "20,000 GB" and seconds_words(4e7) == "11,111 h" and rounded(0.0123) == "0.0123"
     assert count_words(1234567) == "1.23 M" and count_words(12) == "12" and bytes_words(2.5e6) == "2.5 MB"
     assert seconds_words(0.0123) == "12.3 ms" and seconds_words(7200) == "2 h" and seconds_words(120) == "2 min"
     assert signed(-0.0001) == "0.000" and signed(0.02) == "+0.020"
@@ -250,6 +289,9 @@ def test_losses_are_means_over_seeds_thinned_out(tmp_path: Path) -> None:
 
 def test_a_report_is_written_beside_its_comparison(tmp_path: Path) -> None:
     with pytest.raises(PemlError, match="holds no comparison"):
+        report(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(COMPARED)
+    with pytest.raises(PemlError, match="was stopped: call `peml compare` again, it goes on"):
         report(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps(contents()))
     html, text, data = report(tmp_path)
@@ -283,10 +325,8 @@ frame.srcdoc = REPORT
 </script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which is absent")
-def test_a_browser_shows_it_on_a_phone(tmp_path: Path) -> None:
-    """No sideways scrolling of the page, no text beyond its chart, every picture there, nothing fetched."""
-    html = page(searched(contents(12, 5, 8)))
+def shown(html: str, tmp_path: Path) -> dict[str, Any]:
+    """What a browser as wide as a phone makes of a page."""
     probe = tmp_path / "probe.html"
     probe.write_text(PROBE.replace("REPORT", json.dumps(html).replace("</", "<\\/")), encoding="utf-8")
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
@@ -294,7 +334,14 @@ def test_a_browser_shows_it_on_a_phone(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     seen = re.search(r'<pre id="out">(.+?)</pre>', done.stdout)
     assert seen is not None, done.stderr[-2000:]
-    found = json.loads(seen[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+    found: dict[str, Any] = json.loads(seen[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+    return found
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which is absent")
+def test_a_browser_shows_it_on_a_phone(tmp_path: Path) -> None:
+    """No sideways scrolling of the page, no text beyond its chart, every picture there, nothing fetched."""
+    found = shown(page(searched(contents(12, 5, 8))), tmp_path)
     assert found["wide"] <= 360 and found["fetched"] == 0 and found["svgs"] == 11 + 9 + 4 + 12
     assert found["images"] and all(found["images"]) and found["clipped"] == [] and found["size"] == "15px"
 
@@ -313,3 +360,29 @@ def test_runs_of_a_search_are_read(tmp_path: Path) -> None:
     assert found["architectures"] == {"peml": [{"operations": ["a"], "tokens": [[0]], "lost": 1.5}]}
     assert found["pictures"] == {"peml": "<svg/>"} and found["curves"] == {}
     assert found["ablations"] == {"peml": {"prompt": [{"average": 1, "tasks": {}}]}}
+    (folder / "evaluation.json").write_text("{")
+    with pytest.raises(PemlError, match=r"evaluation.json is damaged .*: evaluate the run again"):
+        contents_of(CompareFolder(tmp_path))
+
+
+LONG = (
+    "lora",
+    "a very long name of a method that someone has given to it, with commas",
+    "并行适配器方法与前缀搜索的组合",
+    "a-name-in-one-piece-" * 3,
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which is absent")
+def test_long_names_and_wide_letters_stay_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("test_report.NAMES", LONG)
+    given = contents(4)
+    new = {"task0": "a task whose name is much too long for any panel of a phone", "task1": "任务" * 15}
+    for task in given["tasks"]:
+        task |= {"name": new[task["name"]], "score": ["squad_exact_match", "squad_f1"]}
+    for row in given["methods"]:
+        for own in (row, row["versus"] or row):
+            own["tasks"] = {new.get(name, name): value for name, value in own["tasks"].items()}
+    found = shown(page(given), tmp_path)
+    assert found["wide"] <= 360, found
+    assert found["clipped"] == []

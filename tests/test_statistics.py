@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Sequence
 
 import numpy as np
@@ -190,3 +191,17 @@ def test_ranks_share_places_and_count_what_all_have() -> None:
     }
     assert average_ranks(scores) == {"a": 1.75, "b": 1.25, "c": 3.0}
     assert average_ranks({"a": {("t", 0): 1.0}, "b": {}}) == {}
+
+
+def test_labels_that_a_model_makes_up_do_not_fill_the_memory() -> None:
+    """Every text written is a label: a table of labels by labels for each of 1,000 resamples would take 32 GB."""
+    n = 2000
+    given = Answers([f"text {i}" if i % 2 else "yes" for i in range(n)], ["yes"] * n, ("no", "yes"))
+    weights = draws(np.arange(n), 1000)
+    tracemalloc.start()
+    values = [resampled(given, name, weights)[:3] for name in ("f1", "macro_f1", "matthews")]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 500e6
+    for own, name in zip(values, ("f1", "macro_f1", "matthews"), strict=True):
+        np.testing.assert_allclose(own, anew(given, name, weights[:3]), atol=1e-12)

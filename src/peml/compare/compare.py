@@ -160,7 +160,11 @@ class _Jobs:
         problem = future.exception()
         if problem is not None:
             self.failures[job.name] = " ".join(str(problem).split()) or type(problem).__name__
-        elif job.done(self.plan.section.trials):
-            self.done.add(job)
-        else:
-            self.failures[job.name] = job.failure()
+            return
+        try:
+            if job.done(self.plan.section.trials):
+                self.done.add(job)
+            else:
+                self.failures[job.name] = job.failure(future.result())
+        except PemlError as error:
+            self.failures[job.name] = str(error)

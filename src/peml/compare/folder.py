@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,19 @@ class Job:
             return RunFolder(self.output).finished
         if self.kind == "costs":
             return self.output.exists()
+        return TuneFolder(self.output).best.exists() and self.tried() >= trials
+
+    def tried(self) -> int:
+        """Trials of a tuning so far.
+
+        Raises:
+            PemlError: its record is damaged.
+        """
         folder = TuneFolder(self.output)
-        return folder.best.exists() and len(folder.read_summary()["trials"]) >= trials
+        try:
+            return len(folder.read_summary()["trials"]) if folder.summary.exists() else 0
+        except (ValueError, KeyError, TypeError) as error:
+            raise PemlError(f"{folder.summary} is damaged ({type(error).__name__}): remove {self.output}") from None
 
     def progress(self) -> int:
         """Steps of a training so far, as its log says."""
@@ -74,8 +86,15 @@ class Job:
         except (OSError, ValueError, KeyError):
             return 0
 
-    def failure(self) -> str:
-        """The last line of what it printed, of a trace the one that says what happened."""
+    def failure(self, status: int = 1) -> str:
+        """What ended it, or the last line of what it printed, of a trace the one that says what happened.
+
+        Args:
+            status: of its process; below zero: the signal that killed it, of which what it printed knows nothing.
+        """
+        if status < 0:
+            memory = ", as Linux does where memory runs out" if status == -signal.SIGKILL else ""
+            return f"it was killed by signal {-status}{memory}; what it printed is in {self.log}"
         try:
             text = self.log.read_text(encoding="utf-8", errors="replace")
             lines = [line for line in text.splitlines() if line and not line.startswith(" ")]
@@ -105,6 +124,8 @@ class CompareFolder:
             PemlError: it does not.
         """
         folder = cls(path)
+        if not folder.results.is_file() and folder._ours():
+            raise PemlError(f"the comparison in {folder.path} was stopped: call `peml compare` again, it goes on")
         if not folder.results.is_file():
             raise PemlError(f"{folder.path} holds no comparison: there is no {folder.results.name} in it")
         return folder
@@ -163,10 +184,16 @@ class CompareFolder:
             tuned = entry.ranges is not None
             if tuned:
                 self.check_tuning(entry, self.tuned_recipe(plan, entry))
+                self._check_trials(plan, entry)
             for seed in plan.seeds:
                 job = self.training(entry, seed)
                 if not tuned or self.tuning(entry).done(plan.section.trials):
                     self.check_job(job, self.run_recipe(entry, seed))
+                elif RunFolder(job.output).is_run:
+                    raise PemlError(
+                        f"the run in {job.output} was trained before all {plan.section.trials} trials of its tuning: "
+                        "choose another --output, or remove that folder"
+                    )
 
     def _ours(self) -> bool:
         try:
@@ -193,6 +220,19 @@ class CompareFolder:
             PemlError: naming the folder and the key.
         """
         TuneFolder(self.tuning(entry).output).check(recipe, resume=True)
+
+    def _check_trials(self, plan: Plan, entry: Entry) -> None:
+        """Refuse a tuning that had more trials than the others will have.
+
+        Raises:
+            PemlError: naming the method.
+        """
+        job, trials = self.tuning(entry), plan.section.trials
+        if (tried := job.tried()) > trials:
+            raise PemlError(
+                f"{entry.name} was tuned with {tried} trials in {job.output}, and {trials} are asked for: "
+                f"ask for {tried}, or choose another --output"
+            )
 
     def tuned_recipe(self, plan: Plan, entry: Entry) -> Recipe:
         """What a method is tuned with."""

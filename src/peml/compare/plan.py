@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -13,7 +13,7 @@ import yaml
 from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.methods import WHERE, match_params, named, trainable_parameters
-from peml.training.contenders import Compare, Contender, read_contender
+from peml.training.contenders import Compare, Contender, check_ranges, read_contender
 from peml.training.ranges import Tune, ends
 from peml.training.recipe import Recipe, validated
 from peml.training.workbench import Workbench, prepare
@@ -34,6 +34,7 @@ class Entry:
         parameters: that it trains.
         sized: what was solved for the budget, by the keys of `set`.
         ranges: of its tuning; None: it is not tuned.
+        drawn: what it trains by seed, where each seed draws an architecture; else nothing.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Entry:
     parameters: int
     sized: Mapping[str, Any]
     ranges: Mapping[str, Any] | None = None
+    drawn: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -141,9 +143,7 @@ def plan(recipe: Recipe, methods: Sequence[str] | None = None, **changes: Any) -
             entries[-1] = _ranged(entries[-1], own, recipe, keeps, bench)
     _check_folders(entries)
     seeds = tuple(range(recipe.seed, recipe.seed + section.seeds))
-    for entry in entries:
-        for seed in seeds:
-            entry.recipe(seed)
+    entries = [_drawn(entry, seeds, bench) for entry in entries]
     tasks = {name: tuple(task.metrics) for name, task in bench.tasks.items()}
     whole = recipe.model_copy(update={"compare": section})
     return Plan(whole, tuple(entries), budget, str(section.baseline), seeds, tasks)
@@ -218,6 +218,10 @@ def _ranged(entry: Entry, own: Contender, recipe: Recipe, keeps: bool, bench: Wo
     section = recipe.tune or Tune()
     mine = named(own.method or entry.name) is named(recipe.method)
     given = own.tune if own.tune is not None else section.ranges if mine else {}
+    try:
+        check_ranges(given)
+    except PemlError as error:
+        raise PemlError(f"compare.methods.{entry.name}: {error}") from None
     base = entry.recipe(recipe.seed)
     asked = validated({**_bare(base), "tune": {"ranges": given}}, f"compare.methods.{entry.name}")
     ranges = {}
@@ -237,6 +241,15 @@ def _ranged(entry: Entry, own: Contender, recipe: Recipe, keeps: bool, bench: Wo
                 "be equal: leave it out, or say `match: false`"
             )
     return dataclasses.replace(entry, ranges=ranges)
+
+
+def _drawn(entry: Entry, seeds: Sequence[int], bench: Workbench) -> Entry:
+    """With the recipe of every seed tried, and the sizes of architectures that seeds draw."""
+    recipes = {seed: entry.recipe(seed) for seed in seeds}
+    if entry.data.get("architecture") != "random":
+        return entry
+    configs = {seed: dataclasses.replace(bench, recipe=recipe).config() for seed, recipe in recipes.items()}
+    return dataclasses.replace(entry, drawn={s: trainable_parameters(own, bench.model) for s, own in configs.items()})
 
 
 def _check_folders(entries: Sequence[Entry]) -> None:

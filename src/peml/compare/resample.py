@@ -88,21 +88,24 @@ def _mean_of_groups(answers: Answers, name: str, weights: Array) -> Array:
 
 
 def _from_confusion(answers: Answers, name: str, weights: Array) -> Array:
-    """F1, macro F1 and Matthews correlation, from the counts of predicted and right labels, `[B, K, K]`.
+    """F1, macro F1 and Matthews correlation, from how often each label was given, was right, and was both, `[B, K]`.
 
-    Multi-class Matthews correlation as scikit-learn has it (Gorodkin 2004).
+    Multi-class Matthews correlation as scikit-learn has it (Gorodkin 2004). The whole table of given and right labels
+    is not needed, and would fill the memory: every text that a model writes is a label.
     """
     labels = sorted({*answers.predictions, *answers.references, *answers.choices})
     place = {label: i for i, label in enumerate(labels)}
-    counts = np.zeros((len(weights), len(labels), len(labels)))
-    pairs: dict[tuple[int, int], list[int]] = {}
-    for i, (given, right) in enumerate(zip(answers.predictions, answers.references, strict=True)):
-        pairs.setdefault((place[given], place[right]), []).append(i)
-    for (given_at, right_at), rows in pairs.items():
-        counts[:, given_at, right_at] = weights[:, rows].sum(1)
-    hits, given_counts, right_counts = np.einsum("bkk->bk", counts), counts.sum(2), counts.sum(1)
+
+    def counted(of_rows: Sequence[str], rows: Sequence[int]) -> Array:
+        counts = np.zeros((len(labels), len(weights)))
+        np.add.at(counts, [place[of_rows[i]] for i in rows], weights.T[rows])
+        return counts.T
+
+    every = list(range(weights.shape[1]))
+    given_counts, right_counts = counted(answers.predictions, every), counted(answers.references, every)
+    hits = counted(answers.references, [i for i in every if answers.predictions[i] == answers.references[i]])
     if name == "matthews":
-        total = counts.sum((1, 2))
+        total = weights.sum(1)
         covariance = hits.sum(1) * total - (given_counts * right_counts).sum(1)
         spreads = [total**2 - (side**2).sum(1) for side in (given_counts, right_counts)]
         return _divided(covariance, np.sqrt(spreads[0] * spreads[1]))

@@ -20,6 +20,7 @@ from peml.compare.statistics import (
     interval,
     paired_p,
 )
+from peml.errors import PemlError
 from peml.training.folder import RunFolder, size_of
 from peml.training.predictions import Predicted, read_predictions
 from peml.training.record import environment
@@ -37,14 +38,21 @@ def results_of(plan: Plan, folder: CompareFolder, jobs: Sequence[Job], failures:
         jobs: all of them.
         failures: why a job failed, by its name.
     """
+    failures = dict(failures)
     runs: dict[str, dict[int, Mapping[str, Any]]] = {}
     found: dict[str, dict[int, dict[str, Predicted]]] = {}
     for entry in plan.entries:
         for seed in plan.seeds:
-            run = RunFolder(folder.training(entry, seed).output)
-            if run.finished:
-                runs.setdefault(entry.name, {})[seed] = run.read_metrics()
-                found.setdefault(entry.name, {})[seed] = read_predictions(run.predictions)
+            job = folder.training(entry, seed)
+            run = RunFolder(job.output)
+            try:
+                if job.name not in failures and run.finished:
+                    answers = read_predictions(run.predictions)
+                    runs.setdefault(entry.name, {})[seed] = run.read_metrics()
+                    found.setdefault(entry.name, {})[seed] = answers
+            except PemlError as error:
+                # One run that cannot be read must not keep the others from being compared.
+                failures[job.name] = f"{error}; in a comparison: remove {run.path} and compare again"
     drawn = bootstrap(found) if found else None
     rows = [_row(plan, folder, entry, runs, drawn) for entry in plan.entries]
     scores = {
@@ -128,6 +136,7 @@ def _row(plan: Plan, folder: CompareFolder, entry: Entry, runs: Runs, drawn: Boo
     for task in plan.tasks:
         scores = [_score(m, task) for m in own.values()]
         row["tasks"][task] = _summary(drawn, entry.name, list(own), scores, task)
+    row["parameters"] = parameters_of(entry, list(own), plan.budget)
     row["cost"] = _cost(folder, entry, own)
     last = next(iter(own.values()))
     row["run"] = {key: last[key] for key in ("learning_rates", "architecture", "search", "steps") if key in last}
@@ -191,6 +200,13 @@ def _correct(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> None:
             test["adjusted"] = adjusted
             low, high = test["interval"] or (-1.0, 1.0)
             test["stands"] = adjusted is not None and adjusted < 1 - LEVEL and (low > 0 or high < 0)
+
+
+def parameters_of(entry: Entry, seeds: Sequence[int], budget: int) -> dict[str, Any]:
+    """Mean over the seeds of what is trained, and how far the farthest of them is off the budget."""
+    trained = [entry.drawn.get(seed, entry.parameters) for seed in seeds]
+    deviation = max((count / budget - 1 for count in trained), key=abs)
+    return {"trained": round(statistics.fmean(trained)), "deviation": deviation}
 
 
 def _cost(folder: CompareFolder, entry: Entry, own: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

@@ -46,26 +46,32 @@ def signed(value: float) -> str:
     return f"{value:+.{PLACES}f}" if value else f"{0:.{PLACES}f}"
 
 
+def rounded(number: float) -> str:
+    """Three figures, and never a power of ten."""
+    return f"{number:,.0f}" if abs(number) >= 999.5 else f"{number:.3g}"
+
+
 def count_words(number: float) -> str:
-    """A count of numbers, by thousands and millions."""
-    for unit, factor in (("M", 1e6), ("k", 1e3)):
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}"
+    """A count of numbers, by thousands, millions and billions."""
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        # What would be rounded to a thousand of a unit is one of the next.
+        if number >= 0.9995 * factor:
+            return f"{rounded(number / factor)} {unit}"
     return f"{number:.0f}"
 
 
 def bytes_words(number: float) -> str:
     """A size."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}"
+        if number >= 0.9995 * factor:
+            return f"{rounded(number / factor)} {unit}"
     return f"{number:.0f} bytes"
 
 
 def seconds_words(seconds: float) -> str:
     """A time, in the unit that suits it."""
     if seconds >= 5400:
-        return f"{seconds / 3600:.3g} h"
+        return f"{rounded(seconds / 3600)} h"
     if seconds >= 90:
         return f"{seconds / 60:.3g} min"
     return f"{seconds * 1000:.3g} ms" if seconds < 0.1 else f"{seconds:.3g} s"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from unicodedata import east_asian_width
 from xml.sax.saxutils import escape, quoteattr
 
 WIDTH, MARGIN = 760, 36
@@ -76,8 +77,12 @@ def path(points: Iterable[tuple[float, float]], kind: str, extra: str = "") -> s
 
 
 def length_of(words: str, size: float = 12) -> float:
-    """About how wide a line is, in pixels: an average letter of these fonts is a little over half as wide as high."""
-    return 0.56 * size * len(words)
+    """About how wide a line is, in pixels: an average letter of these fonts is a little over half as wide as high.
+
+    Letters of East Asian scripts, and pictures, are as wide as high.
+    """
+    wide = sum(east_asian_width(letter) in "WF" for letter in words)
+    return size * (0.56 * (len(words) - wide) + wide)
 
 
 def wrapped(items: Iterable[str], width: float, lines: int, size: float = 12) -> list[str]:

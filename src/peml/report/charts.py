@@ -6,7 +6,7 @@ One colour is the data, quiet ones are the rest, and what stands is filled: noth
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -17,7 +17,8 @@ WIDTH = 360
 """Of a panel: most phones."""
 
 _LEFT, _RIGHT, _ROW = 118, 300, 20
-_SMALL = 10.5
+_SMALL, _HEAD = 10.5, 13
+"""Sizes of letters; bold ones are wider than their 12 pixels."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def figure(height: float, title: str, about: str, pieces: Sequence[str]) -> str:
     """
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(f"{title}: {about}", quote=True)}">'
-        + text(0, 14, title, "head")
+        + text(0, 14, fitted(title, WIDTH, _HEAD), "head")
         + "".join(pieces)
         + "</svg>"
     )
@@ -107,7 +108,10 @@ def ends_of(rows: Sequence[Dot]) -> list[float]:
 
 
 def scatter(
-    title: str, points: Sequence[tuple[str, float, float, Sequence[float] | None]], across: str, unit: Mapping[str, str]
+    title: str,
+    points: Sequence[tuple[str, float, float, Sequence[float] | None]],
+    across: str,
+    written: Callable[[float], str] = count_words,
 ) -> str:
     """Score against a cost, with the interval of each score; the cost by factors.
 
@@ -115,7 +119,7 @@ def scatter(
         title: above it.
         points: label, cost, score, and the score's interval.
         across: what the cost is.
-        unit: how its ticks are written, by `repr`; empty: as counts.
+        written: a cost in words.
     """
     height, left, right, top, bottom = 250, 40, 352, 30, 200
     costs = [math.log10(max(cost, 1e-12)) for _, cost, _, _ in points]
@@ -137,7 +141,7 @@ def scatter(
     for mark in _powers(low, high):
         x = at(mark, least)[0]
         pieces.append(path([(x, bottom), (x, bottom + 4)], "line"))
-        pieces.append(text(x, bottom + 16, unit.get(repr(mark), count_words(mark)), "small quiet", "middle"))
+        pieces.append(text(x, bottom + 16, written(mark), "small quiet", "middle"))
     pieces.append(text(right, bottom + 34, across, "small quiet", "end"))
     taken: list[tuple[float, float, float]] = []
     for label, cost, score, interval in sorted(points, key=lambda point: -point[2]):
@@ -146,12 +150,13 @@ def scatter(
             pieces.append(path([(x, at(cost, end)[1]) for end in interval], "thin"))
         pieces.append(f'<circle cx="{x:.2f}" cy="{y:.2f}" r="4" class="dot"/>')
         pieces.append(_beside(label, x, y, right, taken))
-    about = "; ".join(f"{label} {score:.3f} at {count_words(cost)}" for label, cost, score, _ in points)
+    about = "; ".join(f"{label} {score:.3f} at {written(cost)}" for label, cost, score, _ in points)
     return figure(height, title, about, pieces)
 
 
 def _beside(label: str, x: float, y: float, right: float, taken: list[tuple[float, float, float]]) -> str:
     """A label right or left of its point, lowered until it covers no other."""
+    label = fitted(label, right / 2 - 10)
     width = length_of(label, _SMALL)
     leftwards = x + 7 + width > right
     begin, line = (x - 7 - width if leftwards else x + 7), y + 4
@@ -210,7 +215,7 @@ def shares(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], shown: Seque
         for name, size in parts:
             wide = (_RIGHT - _LEFT) * size / most
             if size:
-                pieces.append(rect(x, y + 4, max(0.5, wide - 0.5), 12, f"part{names.index(name) % 4}"))
+                pieces.append(rect(x, y + 4, max(0.5, wide - 0.5), 12, f"part{names.index(name) % 5}"))
             x += wide
         pieces.append(text(WIDTH, y + 14, words, "small", "end"))
     y, x = 24.0 + _ROW * len(rows) + 14, float(_LEFT)
@@ -218,7 +223,7 @@ def shares(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], shown: Seque
         wide = 16 + length_of(name, _SMALL) + 10
         if x + wide > WIDTH and x > _LEFT:
             x, y = float(_LEFT), y + 15
-        pieces += [rect(x, y - 8, 10, 10, f"part{place % 4}"), text(x + 14, y, name, "small quiet")]
+        pieces += [rect(x, y - 8, 10, 10, f"part{place % 5}"), text(x + 14, y, name, "small quiet")]
         x += wide
     return figure(
         y + 10, "Where the time goes", "; ".join(f"{r[0]} {w}" for r, w in zip(rows, shown, strict=True)), pieces
@@ -251,11 +256,12 @@ def _powers(low: float, high: float) -> list[float]:
     return found if len(found) <= 5 else found[:: math.ceil(len(found) / 5)]
 
 
-def fitted(label: str, width: float) -> str:
+def fitted(label: str, width: float, size: float = _SMALL) -> str:
     """A label that fits, its end left out if it must be."""
-    if length_of(label, _SMALL) <= width:
+    size *= 1.1  # the fonts of some systems are wider than most
+    if length_of(label, size) <= width:
         return label
-    kept = int(width / length_of("x", _SMALL)) - 1
+    kept = next((n for n in range(len(label), 0, -1) if length_of(f"{label[:n]}…", size) <= width), 0)
     return f"{label[:kept]}…"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peml.compare import CompareFolder
+from peml.errors import PemlError
 from peml.training.folder import RunFolder
 
 POINTS = 60
@@ -58,8 +59,12 @@ def _contributions(runs: Sequence[RunFolder]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for run in runs:
         if run.evaluation.exists():
-            record = json.loads(run.evaluation.read_text(encoding="utf-8"))
-            for part, own in record.get("contributions", {}).items():
+            try:
+                record = json.loads(run.evaluation.read_text(encoding="utf-8"))
+                contributions = record.get("contributions", {})
+            except (ValueError, AttributeError) as error:
+                raise PemlError(f"{run.evaluation} is damaged ({error}): evaluate the run again") from None
+            for part, own in contributions.items():
                 found.setdefault(part, []).append(own)
     return found
 

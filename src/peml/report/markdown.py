@@ -16,14 +16,14 @@ def markdown(contents: Mapping[str, Any]) -> str:
     Args:
         contents: as `contents_of` has it.
     """
-    parts = ["# Comparison", summary(contents)]
+    parts = ["# Comparison", _plain(summary(contents))]
     for table in tables_of(contents):
-        parts += [f"## {table.title}", _table(table), table.note]
+        parts += [f"## {table.title}", _table(table), _plain(table.note)]
     gains = [_gains(contents, row) for row in measured(contents) if row["versus"]]
     if gains:
-        parts += [f"## Gain over {contents['baseline']} by task", "What a method loses comes first.", *gains]
+        parts += [f"## Gain over {_plain(contents['baseline'])} by task", "What a method loses comes first.", *gains]
     if failed := failures(contents):
-        parts += ["## Failed", "\n".join(f"- {line}" for line in failed)]
+        parts += ["## Failed", "\n".join(f"- {_plain(line)}" for line in failed)]
     parts += ["## To make it again", f"```\n{command(contents)}\n```", f"```yaml\n{recipe_text(contents)}```"]
     return "\n\n".join([*parts, versions(contents)]) + "\n"
 
@@ -46,4 +46,9 @@ def _table(table: Table) -> str:
 
 
 def _line(cells: Any) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    return "| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _plain(words: object) -> str:
+    """On one line, and no markup: Markdown takes HTML as it comes."""
+    return " ".join(str(words).split()).replace("&", "&amp;").replace("<", "&lt;")

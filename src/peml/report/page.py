@@ -17,6 +17,7 @@ _PAGE = """
 *{box-sizing:border-box}
 body{margin:0 auto;padding:24px 16px 64px;max-width:1160px;background:var(--paper);color:var(--ink);
 font:15px/1.5 Inter,"Helvetica Neue",Helvetica,Arial,sans-serif}
+h1,h2,p,li{overflow-wrap:anywhere}
 h1{font-size:24px;margin:0 0 8px}h2{font-size:17px;margin:40px 0 8px}p{max-width:75ch;margin:8px 0}
 .note{color:var(--quiet);font-size:13px}
 .wide{overflow-x:auto;margin:8px 0}
@@ -35,7 +36,7 @@ details{margin:8px 0}summary{cursor:pointer}
 .seed{stroke:var(--quiet);stroke-width:1;fill:none;opacity:.7}.axis{stroke:var(--quiet);fill:none}
 .dot{fill:var(--main);stroke:var(--paper);stroke-width:1}.ring{fill:var(--paper);stroke:var(--main);stroke-width:1.5}
 .own{stroke:var(--main);stroke-width:1.8;fill:none;stroke-linejoin:round}.other{stroke:var(--line);stroke-width:1;fill:none}
-.part0{fill:var(--main)}.part1{fill:var(--mark)}.part2{fill:var(--soft)}.part3{fill:var(--quiet)}
+.part0{fill:var(--main)}.part1{fill:var(--mark)}.part2{fill:var(--soft)}.part3{fill:var(--quiet)}.part4{fill:var(--line)}
 @media print{details{display:block}.panels svg{break-inside:avoid}}
 """
 
@@ -131,15 +132,13 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> str:
     def whole(row: Mapping[str, Any]) -> float:
         return float(sum(row["cost"]["seconds"].values()))
 
-    powers = [factor * 10.0**power for power in range(-3, 7) for factor in (1, 2, 5)]
-    seconds = {repr(value): seconds_words(value) for value in powers}
     names = {"stages": "earlier stages", "discretisation": "measured at its end"}
     order = ("tuning", "search", "discretisation", "stages", "training")
     bars = [(r["name"], [(names.get(p, p), r["cost"]["seconds"][p]) for p in order]) for r in rows]
     panels = [
-        scatter("Average against what is trained", points(lambda r: r["parameters"]["trained"]), "trained numbers", {}),
-        scatter("Average against what is deployed", points(lambda r: r["cost"]["deployed"]), "deployed numbers", {}),
-        scatter("Average against time", points(whole), "time of a run, with search and tuning", seconds),
+        scatter("Average against what is trained", points(lambda r: r["parameters"]["trained"]), "trained numbers"),
+        scatter("Average against what is deployed", points(lambda r: r["cost"]["deployed"]), "deployed numbers"),
+        scatter("Average against time", points(whole), "time of a run, with search and tuning", seconds_words),
         shares(bars, [seconds_words(whole(row)) for row in rows]),
     ]
     return _panels("What it costs", "Axes of costs go by factors; means over seeds.", panels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +14,8 @@ def recipe_text(contents: Mapping[str, Any]) -> str:
 
 
 def command(contents: Mapping[str, Any]) -> str:
-    """The command line."""
-    names = shlex.quote(",".join(row["name"] for row in contents["methods"]))
-    costs = " --costs" if any(job["kind"] == "costs" for job in contents["jobs"]) else ""
-    return f"peml compare recipe.yaml --methods {names} --seeds {len(contents['seeds'])}{costs}"
+    """The command line; methods, seeds, baseline and trials are in the recipe, where a name may hold a comma."""
+    return "peml compare recipe.yaml" + (" --costs" if any(job["kind"] == "costs" for job in contents["jobs"]) else "")
 
 
 def versions(contents: Mapping[str, Any]) -> str:
@@ -43,7 +40,9 @@ def summary(contents: Mapping[str, Any]) -> str:
         f"{len(contents['methods'])} methods, {len(contents['tasks'])} tasks, {seeds} seed{'s' if seeds > 1 else ''}, "
         f"{_length(contents['recipe']['train'])} on {contents['recipe']['model']}."
     ]
-    if seeds < 2:
+    if not rows:
+        words.append(f"Of {base}, the baseline, no run shares a seed with another method: nothing is tested.")
+    elif seeds < 2:
         words.append("One seed tests nothing: no difference here is more than a first look.")
     elif not ahead and not behind:
         words.append(f"On average no method is told apart from {base} by its test.")

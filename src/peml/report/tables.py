@@ -14,6 +14,7 @@ from peml.compare.words import (
     gain_words,
     interval_words,
     p_words,
+    rounded,
     seconds_words,
     signed,
     sized_words,
@@ -79,7 +80,7 @@ def _quality(contents: Mapping[str, Any]) -> Table:
                 Cell(row["name"] + remark),
                 Cell(average_words(row["average"]), stands),
                 Cell(interval_words(row["average"]["interval"]).strip()),
-                Cell(gain_words(test) or "baseline", stands),
+                Cell("baseline" if row["name"] == contents["baseline"] else gain_words(test) or "-", stands),
                 Cell(p_words(test)),
                 Cell("" if row["rank"] is None else f"{row['rank']:.2f}"),
                 Cell(f"{row['parameters']['trained']:,}"),
@@ -131,7 +132,7 @@ def _training(contents: Mapping[str, Any]) -> Table:
                 Cell(_spent(seconds["search"] + seconds["discretisation"])),
                 Cell(seconds_words(seconds["training"] + seconds["stages"])),
                 Cell(_spent(seconds["tuning"])),
-                Cell(f"{cost['device_hours']:.3g}"),
+                Cell(rounded(cost["device_hours"])),
             ]
         )
     devices = next((row["cost"]["devices"] for row in measured(contents)), {"kind": "devices", "count": 0})

@@ -14,8 +14,10 @@ from peml.training.entries import Section, first_problem
 _SAME = (
     *("seed", "max_steps", "num_train_epochs", "output_dir", "max_length", "dtype"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length"),
+    *("dataloader_drop_last", "auto_find_batch_size", "early_stopping_patience", "early_stopping_threshold"),
+    *("load_best_model_at_end", "metric_for_best_model"),
 )
-"""Keys of `train` that decide which rows are seen, in which order and how often."""
+"""Keys of `train` that decide which rows are seen, in which order and how often, and which step's weights are kept."""
 
 
 class Contender(Section):
@@ -44,6 +46,12 @@ class Contender(Section):
             if key in train:
                 raise PemlError(f"train.{key} must be the same for all methods: set it in `train` of the recipe")
         return train
+
+    @field_validator("tune")
+    @classmethod
+    def _tunes_no_rows(cls, ranges: dict[str, Any] | None) -> dict[str, Any] | None:
+        check_ranges(ranges or {})
+        return ranges
 
 
 class Compare(Section):
@@ -79,6 +87,17 @@ class Compare(Section):
         if isinstance(budget, int) and budget < 1:
             raise PemlError(f"compare.budget must be 1 or more, not {budget}")
         return budget
+
+
+def check_ranges(ranges: Mapping[str, Any]) -> None:
+    """Refuse ranges of a tuning after which methods would not be trained on the same rows.
+
+    Raises:
+        PemlError: naming the key.
+    """
+    for key in _SAME:
+        if f"train.{key}" in ranges:
+            raise PemlError(f"train.{key} must be the same for all methods, and cannot be tuned for one: leave it out")
 
 
 def read_contender(name: str, raw: Any) -> Contender:

@@ -224,12 +224,13 @@ class _Tuning:
 
     def _write(self, importances: bool = False) -> None:
         summary = summary_of(self.study, self.section, self.stored.user_attrs.get("lost_seconds", 0.0), importances)
-        self.folder.write_summary(summary)
+        # The summary comes last: who finds all trials in it may take the best recipe.
         if summary["best"] is not None:
             best = self.study.best_trial
             values = values_of(best.params, self.section.ranges)
             tuned = bill_of(summary) | {"metric": self.section.metric, "value": best.value}
             self.folder.write_best(recipe_with(self.recipe, values, tuned=tuned))
+        self.folder.write_summary(summary)
 
 
 def measured(metric: str, results: Mapping[str, Mapping[str, float]], tasks: Mapping[str, Task]) -> float:
