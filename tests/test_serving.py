@@ -362,6 +362,33 @@ def test_an_engine_that_breaks_says_so(run: Path, monkeypatch: pytest.MonkeyPatc
         assert server.call("GET", "/health")[0] == 503 and not service.engine.requests
 
 
+def test_an_answer_that_breaks_breaks_no_other(server: Server, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores that are no numbers, and a choice that fails, are the matter of one request."""
+    engine, sample = server.service.engine, server.service.engine._sample
+
+    def spoiled(states: Any, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
+        names = [each.state.request_id for each in states if each.has_new_token]
+        for row, name in enumerate(names):
+            if name in engine.requests and engine.requests[name].max_new_tokens == 7:
+                scores[0, row] = math.nan
+        sample(states, scores, output_ids)
+
+    monkeypatch.setattr(engine, "_sample", spoiled)
+    with ThreadPoolExecutor(4) as pool:
+        good = [
+            pool.submit(server.post, "/v1/completions", model="color", prompt=text(i), max_tokens=9) for i in range(2)
+        ]
+        bad = [
+            pool.submit(server.post, "/v1/completions", model="color", prompt="red", max_tokens=7, temperature=t)
+            for t in (0, 1)
+        ]
+        for i, call in enumerate(good):
+            assert call.result()[1]["choices"][0]["text"] == expected(alone, text(i), "color", 9)[1]
+        assert [call.result()[0] for call in bad] == [500, 500]
+    assert server.call("GET", "/health")[0] == 200
+    assert waits_until(lambda: not engine.requests and engine.cache_free == 1.0)
+
+
 def test_a_shared_adapter_answers_without_a_task(tmp_path: Path) -> None:
     service = open_service(write_run(tmp_path, "lora+prefix"), cache_tokens=256)
     with served(service) as server:

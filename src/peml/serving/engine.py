@@ -230,31 +230,43 @@ class Engine:
         names = [each.state.request_id for each in states if each.has_new_token]
         rows = scores[0, : len(names)]
         tokens = rows.argmax(dim=-1).tolist()
-        told: dict[asyncio.AbstractEventLoop, list[tuple[Request, Token]]] = {}
+        broken = rows.isnan().any(dim=-1).tolist()
+        told: dict[asyncio.AbstractEventLoop, list[tuple[Request, Token | Exception]]] = {}
         for row, name in enumerate(names):
             request = self.requests.get(name)
             if request is None:
                 # Given up: its token matters to nobody, and a cancellation that came too early comes again.
                 self._manager.cancel_request(name)
                 continue
-            how = request.sampling
-            if how.temperature > 0:
-                tokens[row] = choose(rows[row], how)
-            logprob: float | None = None
-            top: tuple[tuple[int, float], ...] = ()
-            if how.top_logprobs is not None:
-                logprob, top = logprobs_of(rows[row], tokens[row], how.top_logprobs)
-            request.count += 1
-            ended = "stop" if tokens[row] in request.ends else None
-            ended = ended or ("length" if request.count >= request.max_new_tokens else None)
-            told.setdefault(request.loop, []).append((request, Token(tokens[row], logprob, top, ended)))
+            news: Token | Exception
+            try:
+                if broken[row]:
+                    raise ArithmeticError("the model's scores are no numbers")
+                news = self._next(request, rows[row], tokens[row])
+                tokens[row] = news.id
+            except Exception as error:  # what is wrong with one answer must not end the others
+                news = error
+                self._manager.cancel_request(name)
+            told.setdefault(request.loop, []).append((request, news))
         output_ids[0, : len(tokens)].copy_(torch.tensor(tokens, dtype=output_ids.dtype))
-        for loop, news in told.items():
+        for loop, all_news in told.items():
             if not loop.is_closed():
-                loop.call_soon_threadsafe(_tell, news)
+                loop.call_soon_threadsafe(_tell, all_news)
+
+    def _next(self, request: Request, scores: Tensor, likeliest: int) -> Token:
+        """The next token of one request."""
+        how = request.sampling
+        token = choose(scores, how) if how.temperature > 0 else likeliest
+        logprob: float | None = None
+        top: tuple[tuple[int, float], ...] = ()
+        if how.top_logprobs is not None:
+            logprob, top = logprobs_of(scores, token, how.top_logprobs)
+        request.count += 1
+        ended = "stop" if token in request.ends else None
+        return Token(token, logprob, top, ended or ("length" if request.count >= request.max_new_tokens else None))
 
 
-def _tell(news: list[tuple[Request, Token]]) -> None:
+def _tell(news: list[tuple[Request, Token | Exception]]) -> None:
     for request, token in news:
         request.out.put_nowait(token)
 

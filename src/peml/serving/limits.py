@@ -83,7 +83,9 @@ def problem(error: Exception) -> Refused:
 def body_of(refused: Refused) -> dict[str, Any]:
     """A refusal in OpenAI's form."""
     kind = "invalid_request_error" if refused.status < 500 else "server_error"
-    return {"error": {"message": refused.message, "type": kind, "param": None, "code": refused.code}}
+    # What somebody sent may be in the sentence, halves of surrogate pairs too, which no response can hold.
+    message = refused.message.encode("utf-8", "backslashreplace").decode("utf-8")
+    return {"error": {"message": message, "type": kind, "param": None, "code": refused.code}}
 
 
 def response(refused: Refused) -> JSONResponse:

@@ -128,8 +128,8 @@ class Decoder:
         if at >= 0:
             self.text, self.stopped = self.text[:at], True
             return self._give(len(self.text))
-        certain = len(self.text) - self._open()
-        return self._give(certain if not self.text.endswith("\ufffd") else min(certain, len(self.text) - 1))
+        # Of a character that is not whole some tokenizers make one mark, and others one for each of its bytes.
+        return self._give(min(len(self.text) - self._open(), len(self.text.rstrip("\ufffd"))))
 
     def end(self) -> str:
         """What was held back, at the end."""
