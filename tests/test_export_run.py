@@ -19,10 +19,11 @@ from export_kit import PLAIN, write_run
 from peml import PemlError
 from peml.cli import main
 from peml.export import FORMATS, export_run, lint, push
+from peml.export.card import card
 from peml.export.check import Checked, Order, answers, check_fresh
 from peml.methods import METHODS
-from peml.training import open_adapter
-from workshop import write_model
+from peml.training import load_recipe, open_adapter
+from workshop import write_model, write_recipe
 
 GATES, OTHER_LENGTHS = "the prefix has gates", "in its layers, and PEFT one number for all"
 NO_PROMPT, LOST = "it has no prompt", "its prompt would be lost"
@@ -155,9 +156,32 @@ def test_one_task_of_several(tmp_path: Path) -> None:
     name = "base_model.model.model.layers.1.mlp.up_proj"
     torch.testing.assert_close(tensors[f"{name}.lora_A.weight"], down)
     torch.testing.assert_close(tensors[f"{name}.lora_B.weight"], up.T)
-    card = (done.folder / "README.md").read_text()
-    assert "library_name: peft" in card and "| color | exact_match | 0.500 | 20 |" in card and "size" in card
-    assert "method: mtl-lora" in card and "| size |" not in card
+    text = (done.folder / "README.md").read_text()
+    assert "library_name: peft" in text and "| color | exact_match | 0.500 | 20 |" in text and "size" in text
+    assert "method: mtl-lora" in text and "| size |" not in text
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_card_loads_what_is_there(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders as they are called, the class of the model, and the revision of its base."""
+    recipe = load_recipe(write_run(tmp_path, "lora") / "recipe.yaml")
+    recipe = recipe.model_copy(update={"model": "me/base", "revision": "v2"})
+    text = card(form, recipe, {}, ["a b/c"], ["a_b_c"], False, [], "float32", "AutoModelForSeq2SeqLM")
+    assert "FOLDER/a_b_c" in text and "`a_b_c` of a b/c" in text and "ForCausalLM" not in text
+    assert ("ForSeq2SeqLM.from_pretrained" in text) == (form != "kv")
+    assert ('revision="v2"' in text) == (form in ("prefix", "kv")) and "base_model: me/base" in text
+    # A folder is no name on the Hub, though it may look like one.
+    monkeypatch.chdir(tmp_path)
+    Path("me/base").mkdir(parents=True)
+    text = card(form, recipe, {}, ["a", "b"], [], False, [], "float32")
+    assert "base_model" not in text and "One, of a, b." in text
+
+
+def test_the_revision_of_the_base_goes_along(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "lora")
+    write_recipe(tmp_path, method="lora", set={"adapter.r": 4}, revision="v2").replace(run / "recipe.yaml")
+    config = json.loads((export_run(run, "lora").folder / "adapter_config.json").read_text())
+    assert config["revision"] == "v2"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -9,7 +10,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from export_kit import write_run
 from peml import PemlError
 from peml.evaluation.scoring import log_likelihoods
 from peml.serving import Limits, open_service
+from peml.serving.answers import Piece
+from peml.serving.sampling import Token
 from peml.tasks.encode import encode_choices
 from peml.training import open_adapter
 from serving_kit import Server, served
@@ -140,6 +143,24 @@ def test_streams_are_the_whole(server: Server, path: str) -> None:
         assert not any(each["finish_reason"] for each in mine[:-1])
 
 
+def test_a_stream_that_begins_with_nothing_to_show(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blanks in front of a chat's answer, and bytes that are no character yet: who speaks is said once."""
+    pieces = [Piece(text, [Token(5)]) for text in ("", " ", "\n a", "", " b")] + [Piece("", [Token(1)], "stop")]
+
+    async def stream(order: Any) -> AsyncIterator[Piece]:
+        for piece in pieces:
+            yield dataclasses.replace(piece)
+
+    monkeypatch.setattr(server.service.answering, "stream", stream)
+    asked = {"model": "size", "messages": [{"role": "user", "content": "red"}], "max_tokens": 6}
+    found = [event["choices"][0] for event in server.events("/v1/chat/completions", **asked)]
+    assert [each["delta"] for each in found] == [
+        {"role": "assistant", "content": ""}, {"content": "a"}, {"content": " b"}, {},
+    ]  # fmt: skip
+    assert found[-1]["finish_reason"] == "stop"
+    assert server.post("/v1/chat/completions", **asked)[1]["choices"][0]["message"]["content"] == "a b"
+
+
 def test_the_openai_client(server: Server, alone: Any) -> None:
     openai = pytest.importorskip("openai", reason="needs openai, for development")
     with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="any") as client:
@@ -243,6 +264,9 @@ def open_adapter_task(model: Any) -> Any:
         ("/v1/completions", {"model": "size", "prompt": "red", "max_tokens": 41}, 400, "writes 40 at most"),
         ("/v1/completions", {"model": "size", "prompt": "red " * 60}, 400, "together more than 64"),
         ("/v1/completions", {"model": "size", "prompt": [5, 99]}, 400, "ids go from 0 to"),
+        ("/v1/completions", {"model": "size", "prompt": ["red"] * 64, "n": 2}, 400, "128 answers are asked for at once"),
+        ("/v1/completions", {"model": "size", "prompt": "\ud800"}, 400, "half of a surrogate pair"),
+        ("/v1/completions", {"model": "size", "fields": {"\ud800": "red"}}, 400, "its fields are: \\ud800"),
         ("/v1/completions", b"{", 400, "JSON decode error"),
         ("/v1/completions", {"model": "size", "prompt": "x" * 5000}, 413, "larger than 4,096 bytes"),
         ("/v1/chat/completions", {"model": "size", "messages": []}, 400, "messages: List should have at least 1"),

@@ -13,6 +13,7 @@ from peml.tasks import Task
 from peml.tasks.conversation import Turns, plain_text
 from peml.tasks.encode import encode_prompts
 from peml.tasks.example import Example, after
+from peml.tasks.render import check_characters
 
 UNCUT = 2**40
 """Tokens that no prompt has: what is too long is refused, not shortened."""
@@ -71,6 +72,7 @@ class Reader:
     def example(self, task: Task | None, asked: str | Mapping[str, Any]) -> Example:
         """A prompt as it is, or fields in the task's own template."""
         if isinstance(asked, str):
+            check_characters(asked, "the request: the prompt")
             return Example("" if task is None else task.name, asked, "", (), "the request")
         if task is None:
             raise PemlError("`fields` go into a task's template: give a task as `model`, or as `task`")
