@@ -8,6 +8,7 @@ import math
 import random
 import re
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -295,6 +296,20 @@ def test_a_body_of_unknown_length_is_bounded(server: Server) -> None:
         answer.read()
         connection.close()
         assert answer.status == status
+
+
+def test_a_body_that_never_ends_is_given_up(run: Path) -> None:
+    """Declared or not; and nothing of it stays behind."""
+    service = open_service(run, Limits(body_seconds=0.3), cache_tokens=256)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    with served(service) as server:
+        for rest in (b"Content-Length: 100\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+                connection.sendall(head + rest)
+                answer = b""
+                while part := connection.recv(4096):
+                    answer += part
+            assert answer.startswith(b"HTTP/1.1 408") and json.loads(answer.split(b"\r\n\r\n")[1])["error"]["code"]
 
 
 def waits_until(true: Any, seconds: float = 20.0) -> bool:
