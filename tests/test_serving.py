@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ import pytest
 import torch
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
+
+from safetensors.torch import load_file, save_file
 
 from export_kit import write_run
 from peml import PemlError
@@ -142,6 +145,15 @@ def test_streams_are_the_whole(server: Server, path: str) -> None:
             assert "".join(each["text"] for each in mine) == choice["text"]
         assert [each["finish_reason"] for each in mine][-1] == choice["finish_reason"] is not None
         assert not any(each["finish_reason"] for each in mine[:-1])
+
+
+def test_offsets_of_a_stream_go_on(server: Server) -> None:
+    asked = {"model": "color", "prompt": ["red cat", "big dog"], "max_tokens": 5, "logprobs": 0}
+    whole = server.post("/v1/completions", **asked)[1]["choices"]
+    events = [event["choices"][0] for event in server.events("/v1/completions", **asked)]
+    for choice in whole:
+        found = [n for each in events if each["index"] == choice["index"] for n in each["logprobs"]["text_offset"]]
+        assert found == choice["logprobs"]["text_offset"] and found[-1] > 0
 
 
 def test_a_stream_that_begins_with_nothing_to_show(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,12 +467,19 @@ def test_a_shared_adapter_may_be_merged(run: Path, tmp_path: Path) -> None:
         open_service(run, merge=True)
 
 
+def no_numbers(run: Path) -> None:
+    file = run / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor * math.nan for name, tensor in tensors.items()}, file)
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
         (lambda run: (run / "adapter" / "adapter_model.safetensors").write_bytes(b"{}"), "is damaged"),
         (lambda run: (run / "adapter" / "adapter_model.safetensors").rename(run / "adapter" / "adapter_model.bin"), "there is no adapter_model.safetensors"),
         (lambda run: (run / "recipe.yaml").unlink(), "there is no recipe.yaml"),
+        (no_numbers, "holds what is no number"),
     ],
 )  # fmt: skip
 def test_a_run_that_cannot_be_served(spoil: Any, says: str, tmp_path: Path) -> None:
@@ -472,8 +491,31 @@ def test_a_run_that_cannot_be_served(spoil: Any, says: str, tmp_path: Path) -> N
 
 def test_prompts_made_from_the_text_are_refused(tmp_path: Path) -> None:
     service = open_service(write_run(tmp_path, "attempt"), cache_tokens=256)
-    with pytest.raises(PemlError, match="made from the text"):
+    with pytest.raises(PemlError, match="^continuous batching cannot serve a prompt that is made from the text"):
         service.engine.start()
+
+
+def test_a_device_that_is_not_there(run: Path) -> None:
+    with pytest.raises(PemlError, match="--device cuda:99: the model cannot go there"):
+        open_service(run, device="cuda:99")
+
+
+def test_choices_wait_in_the_same_queue(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are told to come again like the others; and one that is too wide is scored in parts."""
+    service = open_service(run, Limits(requests=2), cache_tokens=256, max_batch_tokens=8)
+    asked = {"model": "size", "input": "red cat big dog"}
+    with served(service) as server:
+        choices = server.post("/v1/classify", **asked)[1]["choices"]
+        held = threading.Event()
+        monkeypatch.setattr(service.engine, "aside", lambda work: held.wait(20) and work())
+        with ThreadPoolExecutor(4) as pool:
+            calls = [pool.submit(server.post, "/v1/classify", **asked) for _ in range(4)]
+            assert waits_until(lambda: sum(call.done() for call in calls) == 2)
+            assert server.post("/v1/completions", model="size", prompt="red")[0] == 429
+            held.set()
+            found = sorted((call.result() for call in calls), key=lambda each: each[0])
+        assert [status for status, _ in found] == [200, 200, 429, 429] and found[0][1]["choices"] == choices
+        assert service.engine.in_flight == 0
 
 
 # The playground.

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -95,6 +96,17 @@ def test_lines_end_with_line_breaks(tmp_path: Path) -> None:
     file = tmp_path / "lines.jsonl"
     file.write_bytes(b'\xef\xbb\xbf"a\xe2\x80\xa8b"\r\n\n"c\xc2\x85d"\n')
     assert read_prompts(file) == ["a\u2028b", "c\x85d"]
+
+
+def test_what_cannot_be_served_is_one_sentence(peml: Call, tmp_path: Path) -> None:
+    """Before anything is said to be served; and an address that is taken ends the engine, too."""
+    pytest.importorskip("fastapi", reason="needs the extra `serve`")
+    code, out, err = peml("serve", write_run(tmp_path / "a", "attempt"))
+    assert code == 2 and "made from the text" in err and "serves" not in out and "Traceback" not in err
+    before = threading.active_count()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, _, err = peml("serve", write_run(tmp_path / "b", "lora"), "--port", taken.getsockname()[1])
+    assert code == 2 and "another program has it" in err and threading.active_count() <= before
 
 
 @pytest.mark.slow

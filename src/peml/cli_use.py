@@ -88,6 +88,7 @@ def serve(
         service = open_service(
             folder, limits, cache_tokens=cache_tokens, max_batch_tokens=batch_tokens, device=device, merge=merge
         )
+        service.engine.start()
     if api_key is None and host not in LOOPBACK:
         console.print(Text("note: whoever reaches this address may use it: set --api-key", "yellow"), soft_wrap=True)
     models = escape(", ".join(service.reader.models))

@@ -62,7 +62,7 @@ class Service:
         self.reader = reader
         self.engine = engine
         self.limits = limits
-        self.metrics = Metrics(lambda: len(engine.requests), lambda: engine.cache_free)
+        self.metrics = Metrics(lambda: engine.in_flight, lambda: engine.cache_free)
         self.answering = Answering(engine, tokenizer, limits, self.metrics)
         self.started = int(time.time())
 
@@ -192,7 +192,9 @@ class Service:
             raise Refused(400, f"the input is longer than {room} tokens", "context_length_exceeded")
         # Without a task any will do: the adapter answers all alike.
         names = [self.engine.task_names[0] if task is None else task.name] * len(rows)
-        values = self.engine.aside(lambda: log_likelihoods(self.model, self.tokenizer, rows, names, batch_size=32))
+        # As many tokens at once as a step of the engine has.
+        size = max(1, min(32, self.engine.max_batch_tokens // max(len(row.input_ids) for row in rows)))
+        values = self.engine.aside(lambda: log_likelihoods(self.model, self.tokenizer, rows, names, batch_size=size))
         normalize = task is not None and task.length_normalization
         shares = torch.softmax(torch.tensor(values, dtype=torch.float64), dim=0).tolist()
         self.metrics.tokens.labels(asked.model, "prompt").inc(sum(len(row.input_ids) for row in rows))
@@ -271,10 +273,16 @@ def build_app(service: Service) -> Any:
     async def classify(asked: Classify, request: Request) -> dict[str, Any]:
         service.reader.task(asked.model, asked.task)
         request.scope[MODEL] = asked.model
+        engine = service.engine
+        engine.check_room()
+        engine.asides += 1
         try:
-            return await asyncio.wait_for(asyncio.to_thread(service.classify, asked), service.limits.seconds)
+            work = asyncio.wait_for(asyncio.to_thread(service.classify, asked), service.limits.seconds)
+            return await service.unless_left(request, work)
         except asyncio.TimeoutError:
             raise TimeoutError from None
+        finally:
+            engine.asides -= 1
 
     app.get("/", include_in_schema=False)(playground)
     app.get("/health")(health)

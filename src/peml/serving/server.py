@@ -16,6 +16,7 @@ from peml.serving.limits import Limits
 from peml.serving.prompts import Reader
 from peml.tasks.encode import end_ids
 from peml.training import open_adapter
+from peml.training.arguments import one_line
 from peml.training.workbench import form_of
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -47,7 +48,11 @@ def open_service(
     recipe, tokenizer, model = open_adapter(run)
     if form_of(model.base_model.model) != "causal":
         raise PemlError(f"{run}: only decoders are served, and {recipe.model} has an encoder: use `peml evaluate`")
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model.to(place)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise PemlError(f"--device {place}: the model cannot go there ({one_line(error)}): choose another") from error
     config = model.base_model.config_in_force
     if merge:
         if config.adapter is None or not config.adapter.foldable or config.adapter.needs_task:
@@ -87,7 +92,7 @@ def serve(service: Service, host: str = "127.0.0.1", port: int = 8000, grace_sec
     except SystemExit:
         # uvicorn has said why on standard error.
         raise PemlError(
-            f"{host}:{port} cannot be served: another program has it, or the engine did not start"
+            f"{host}:{port} cannot be served: another program has it, or it is no address of this machine"
         ) from None
 
 
