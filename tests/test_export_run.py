@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import peml
 from export_kit import PLAIN, write_run
@@ -21,6 +23,7 @@ from peml.cli import main
 from peml.export import FORMATS, export_run, lint, push
 from peml.export.card import card
 from peml.export.check import Checked, Order, answers, check_fresh
+from peml.export.lint import tied_layer
 from peml.methods import METHODS
 from peml.training import load_recipe, open_adapter
 from workshop import write_model, write_recipe
@@ -246,6 +249,28 @@ def test_modules_that_were_trained_whole(tmp_path: Path) -> None:
     with pytest.raises(PemlError, match=r"whole modules \(lm_head\)"):
         export_run(run, "lora")
     assert export_run(run, "merged", check=True).checks[None].passed
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_weights_that_two_layers_share(tmp_path: Path) -> None:
+    """Merged into the head, the low-rank part would be in the embedding, too; beside it, it is the head's alone."""
+    write_model(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    base.save_pretrained(tmp_path / "model")
+    run = write_run(tmp_path, "lora", {"target_modules": ["lm_head", "q_proj"]})
+    with pytest.raises(PemlError, match="lm_head shares its weights with another layer, .* use --to lora"):
+        export_run(run, "merged")
+    assert not (run / "export").exists()
+    assert (
+        "lm_head" in json.loads((export_run(run, "lora").folder / "adapter_config.json").read_text())["target_modules"]
+    )
+    # The same model with other targets is none of it.
+    shutil.rmtree(run)
+    assert tied_layer(open_adapter(write_run(tmp_path, "lora"))[2].base_model) is None
 
 
 def test_the_hub_gets_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 import uvicorn
 
 from peml.errors import PemlError
+from peml.export.lint import tied_layer
 from peml.serving.app import Service, build_app
 from peml.serving.engine import Engine
 from peml.serving.limits import Limits
@@ -57,6 +58,8 @@ def open_service(
     if merge:
         if config.adapter is None or not config.adapter.foldable or config.adapter.needs_task:
             raise PemlError(f"{run}: --merge is for a low-rank part that is the same for all tasks: leave it out")
+        if (tied := tied_layer(model.base_model)) is not None:
+            raise PemlError(f"{run}: {tied} shares its weights with another layer: leave out --merge")
         model.base_model.merge_adapter()
     tasks = {task.name: task for task in recipe.build_tasks()}
     if list(tasks) != list(config.task_names):
