@@ -100,6 +100,15 @@ def test_mixed_tasks_get_the_answers_of_one_by_one(server: Server, alone: Any) -
     mixed(server, alone, 24)
 
 
+def test_tasks_share_no_keys_of_the_same_prompt(server: Server, alone: Any) -> None:
+    """A prompt of more than a block of the cache: what one task has computed of it is not the other's."""
+    prompt = " ".join(WORDS * 5)
+    for task in ("size", "color", "size"):
+        said = server.post("/v1/completions", model=task, prompt=prompt, max_tokens=8)[1]["choices"][0]["text"]
+        assert said == expected(alone, prompt, task, 8)[1]
+    assert expected(alone, prompt, "size", 8) != expected(alone, prompt, "color", 8)
+
+
 @pytest.mark.slow
 def test_two_hundred_of_them(server: Server, alone: Any) -> None:
     mixed(server, alone, 200)
