@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,16 +14,19 @@ import torch
 from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import peml
 from export_kit import PLAIN, write_run
 from peml import PemlError
 from peml.cli import main
 from peml.export import FORMATS, export_run, lint, push
+from peml.export.card import card
 from peml.export.check import Checked, Order, answers, check_fresh
+from peml.export.lint import tied_layer
 from peml.methods import METHODS
-from peml.training import open_adapter
-from workshop import write_model
+from peml.training import load_recipe, open_adapter
+from workshop import write_model, write_recipe
 
 GATES, OTHER_LENGTHS = "the prefix has gates", "in its layers, and PEFT one number for all"
 NO_PROMPT, LOST = "it has no prompt", "its prompt would be lost"
@@ -155,9 +159,32 @@ def test_one_task_of_several(tmp_path: Path) -> None:
     name = "base_model.model.model.layers.1.mlp.up_proj"
     torch.testing.assert_close(tensors[f"{name}.lora_A.weight"], down)
     torch.testing.assert_close(tensors[f"{name}.lora_B.weight"], up.T)
-    card = (done.folder / "README.md").read_text()
-    assert "library_name: peft" in card and "| color | exact_match | 0.500 | 20 |" in card and "size" in card
-    assert "method: mtl-lora" in card and "| size |" not in card
+    text = (done.folder / "README.md").read_text()
+    assert "library_name: peft" in text and "| color | exact_match | 0.500 | 20 |" in text and "size" in text
+    assert "method: mtl-lora" in text and "| size |" not in text
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_card_loads_what_is_there(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders as they are called, the class of the model, and the revision of its base."""
+    recipe = load_recipe(write_run(tmp_path, "lora") / "recipe.yaml")
+    recipe = recipe.model_copy(update={"model": "me/base", "revision": "v2"})
+    text = card(form, recipe, {}, ["a b/c"], ["a_b_c"], False, [], "float32", "AutoModelForSeq2SeqLM")
+    assert "FOLDER/a_b_c" in text and "`a_b_c` of a b/c" in text and "ForCausalLM" not in text
+    assert ("ForSeq2SeqLM.from_pretrained" in text) == (form != "kv")
+    assert ('revision="v2"' in text) == (form in ("prefix", "kv")) and "base_model: me/base" in text
+    # A folder is no name on the Hub, though it may look like one.
+    monkeypatch.chdir(tmp_path)
+    Path("me/base").mkdir(parents=True)
+    text = card(form, recipe, {}, ["a", "b"], [], False, [], "float32")
+    assert "base_model" not in text and "One, of a, b." in text
+
+
+def test_the_revision_of_the_base_goes_along(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "lora")
+    write_recipe(tmp_path, method="lora", set={"adapter.r": 4}, revision="v2").replace(run / "recipe.yaml")
+    config = json.loads((export_run(run, "lora").folder / "adapter_config.json").read_text())
+    assert config["revision"] == "v2"
 
 
 @pytest.mark.slow
@@ -222,6 +249,28 @@ def test_modules_that_were_trained_whole(tmp_path: Path) -> None:
     with pytest.raises(PemlError, match=r"whole modules \(lm_head\)"):
         export_run(run, "lora")
     assert export_run(run, "merged", check=True).checks[None].passed
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_weights_that_two_layers_share(tmp_path: Path) -> None:
+    """Merged into the head, the low-rank part would be in the embedding, too; beside it, it is the head's alone."""
+    write_model(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    base.save_pretrained(tmp_path / "model")
+    run = write_run(tmp_path, "lora", {"target_modules": ["lm_head", "q_proj"]})
+    with pytest.raises(PemlError, match="lm_head shares its weights with another layer, .* use --to lora"):
+        export_run(run, "merged")
+    assert not (run / "export").exists()
+    assert (
+        "lm_head" in json.loads((export_run(run, "lora").folder / "adapter_config.json").read_text())["target_modules"]
+    )
+    # The same model with other targets is none of it.
+    shutil.rmtree(run)
+    assert tied_layer(open_adapter(write_run(tmp_path, "lora"))[2].base_model) is None
 
 
 def test_the_hub_gets_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
 import re
 import shutil
+import socket
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,14 @@ import torch
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
+from safetensors.torch import load_file, save_file
+
 from export_kit import write_run
 from peml import PemlError
 from peml.evaluation.scoring import log_likelihoods
 from peml.serving import Limits, open_service
+from peml.serving.answers import Piece
+from peml.serving.sampling import Token
 from peml.tasks.encode import encode_choices
 from peml.training import open_adapter
 from serving_kit import Server, served
@@ -93,6 +100,15 @@ def test_mixed_tasks_get_the_answers_of_one_by_one(server: Server, alone: Any) -
     mixed(server, alone, 24)
 
 
+def test_tasks_share_no_keys_of_the_same_prompt(server: Server, alone: Any) -> None:
+    """A prompt of more than a block of the cache: what one task has computed of it is not the other's."""
+    prompt = " ".join(WORDS * 5)
+    for task in ("size", "color", "size"):
+        said = server.post("/v1/completions", model=task, prompt=prompt, max_tokens=8)[1]["choices"][0]["text"]
+        assert said == expected(alone, prompt, task, 8)[1]
+    assert expected(alone, prompt, "size", 8) != expected(alone, prompt, "color", 8)
+
+
 @pytest.mark.slow
 def test_two_hundred_of_them(server: Server, alone: Any) -> None:
     mixed(server, alone, 200)
@@ -138,6 +154,33 @@ def test_streams_are_the_whole(server: Server, path: str) -> None:
             assert "".join(each["text"] for each in mine) == choice["text"]
         assert [each["finish_reason"] for each in mine][-1] == choice["finish_reason"] is not None
         assert not any(each["finish_reason"] for each in mine[:-1])
+
+
+def test_offsets_of_a_stream_go_on(server: Server) -> None:
+    asked = {"model": "color", "prompt": ["red cat", "big dog"], "max_tokens": 5, "logprobs": 0}
+    whole = server.post("/v1/completions", **asked)[1]["choices"]
+    events = [event["choices"][0] for event in server.events("/v1/completions", **asked)]
+    for choice in whole:
+        found = [n for each in events if each["index"] == choice["index"] for n in each["logprobs"]["text_offset"]]
+        assert found == choice["logprobs"]["text_offset"] and found[-1] > 0
+
+
+def test_a_stream_that_begins_with_nothing_to_show(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blanks in front of a chat's answer, and bytes that are no character yet: who speaks is said once."""
+    pieces = [Piece(text, [Token(5)]) for text in ("", " ", "\n a", "", " b")] + [Piece("", [Token(1)], "stop")]
+
+    async def stream(order: Any) -> AsyncIterator[Piece]:
+        for piece in pieces:
+            yield dataclasses.replace(piece)
+
+    monkeypatch.setattr(server.service.answering, "stream", stream)
+    asked = {"model": "size", "messages": [{"role": "user", "content": "red"}], "max_tokens": 6}
+    found = [event["choices"][0] for event in server.events("/v1/chat/completions", **asked)]
+    assert [each["delta"] for each in found] == [
+        {"role": "assistant", "content": ""}, {"content": "a"}, {"content": " b"}, {},
+    ]  # fmt: skip
+    assert found[-1]["finish_reason"] == "stop"
+    assert server.post("/v1/chat/completions", **asked)[1]["choices"][0]["message"]["content"] == "a b"
 
 
 def test_the_openai_client(server: Server, alone: Any) -> None:
@@ -243,6 +286,9 @@ def open_adapter_task(model: Any) -> Any:
         ("/v1/completions", {"model": "size", "prompt": "red", "max_tokens": 41}, 400, "writes 40 at most"),
         ("/v1/completions", {"model": "size", "prompt": "red " * 60}, 400, "together more than 64"),
         ("/v1/completions", {"model": "size", "prompt": [5, 99]}, 400, "ids go from 0 to"),
+        ("/v1/completions", {"model": "size", "prompt": ["red"] * 64, "n": 2}, 400, "128 answers are asked for at once"),
+        ("/v1/completions", {"model": "size", "prompt": "\ud800"}, 400, "half of a surrogate pair"),
+        ("/v1/completions", {"model": "size", "fields": {"\ud800": "red"}}, 400, "its fields are: \\ud800"),
         ("/v1/completions", b"{", 400, "JSON decode error"),
         ("/v1/completions", {"model": "size", "prompt": "x" * 5000}, 413, "larger than 4,096 bytes"),
         ("/v1/chat/completions", {"model": "size", "messages": []}, 400, "messages: List should have at least 1"),
@@ -271,6 +317,20 @@ def test_a_body_of_unknown_length_is_bounded(server: Server) -> None:
         answer.read()
         connection.close()
         assert answer.status == status
+
+
+def test_a_body_that_never_ends_is_given_up(run: Path) -> None:
+    """Declared or not; and nothing of it stays behind."""
+    service = open_service(run, Limits(body_seconds=0.3), cache_tokens=256)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    with served(service) as server:
+        for rest in (b"Content-Length: 100\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+                connection.sendall(head + rest)
+                answer = b""
+                while part := connection.recv(4096):
+                    answer += part
+            assert answer.startswith(b"HTTP/1.1 408") and json.loads(answer.split(b"\r\n\r\n")[1])["error"]["code"]
 
 
 def waits_until(true: Any, seconds: float = 20.0) -> bool:
@@ -362,6 +422,33 @@ def test_an_engine_that_breaks_says_so(run: Path, monkeypatch: pytest.MonkeyPatc
         assert server.call("GET", "/health")[0] == 503 and not service.engine.requests
 
 
+def test_an_answer_that_breaks_breaks_no_other(server: Server, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores that are no numbers, and a choice that fails, are the matter of one request."""
+    engine, sample = server.service.engine, server.service.engine._sample
+
+    def spoiled(states: Any, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
+        names = [each.state.request_id for each in states if each.has_new_token]
+        for row, name in enumerate(names):
+            if name in engine.requests and engine.requests[name].max_new_tokens == 7:
+                scores[0, row] = math.nan
+        sample(states, scores, output_ids)
+
+    monkeypatch.setattr(engine, "_sample", spoiled)
+    with ThreadPoolExecutor(4) as pool:
+        good = [
+            pool.submit(server.post, "/v1/completions", model="color", prompt=text(i), max_tokens=9) for i in range(2)
+        ]
+        bad = [
+            pool.submit(server.post, "/v1/completions", model="color", prompt="red", max_tokens=7, temperature=t)
+            for t in (0, 1)
+        ]
+        for i, call in enumerate(good):
+            assert call.result()[1]["choices"][0]["text"] == expected(alone, text(i), "color", 9)[1]
+        assert [call.result()[0] for call in bad] == [500, 500]
+    assert server.call("GET", "/health")[0] == 200
+    assert waits_until(lambda: not engine.requests and engine.cache_free == 1.0)
+
+
 def test_a_shared_adapter_answers_without_a_task(tmp_path: Path) -> None:
     service = open_service(write_run(tmp_path, "lora+prefix"), cache_tokens=256)
     with served(service) as server:
@@ -392,12 +479,19 @@ def test_a_shared_adapter_may_be_merged(run: Path, tmp_path: Path) -> None:
         open_service(grouped, merge=True)
 
 
+def no_numbers(run: Path) -> None:
+    file = run / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor * math.nan for name, tensor in tensors.items()}, file)
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
         (lambda run: (run / "adapter" / "adapter_model.safetensors").write_bytes(b"{}"), "is damaged"),
         (lambda run: (run / "adapter" / "adapter_model.safetensors").rename(run / "adapter" / "adapter_model.bin"), "there is no adapter_model.safetensors"),
         (lambda run: (run / "recipe.yaml").unlink(), "there is no recipe.yaml"),
+        (no_numbers, "holds what is no number"),
     ],
 )  # fmt: skip
 def test_a_run_that_cannot_be_served(spoil: Any, says: str, tmp_path: Path) -> None:
@@ -409,8 +503,31 @@ def test_a_run_that_cannot_be_served(spoil: Any, says: str, tmp_path: Path) -> N
 
 def test_prompts_made_from_the_text_are_refused(tmp_path: Path) -> None:
     service = open_service(write_run(tmp_path, "attempt"), cache_tokens=256)
-    with pytest.raises(PemlError, match="made from the text"):
+    with pytest.raises(PemlError, match="^continuous batching cannot serve a prompt that is made from the text"):
         service.engine.start()
+
+
+def test_a_device_that_is_not_there(run: Path) -> None:
+    with pytest.raises(PemlError, match="--device cuda:99: the model cannot go there"):
+        open_service(run, device="cuda:99")
+
+
+def test_choices_wait_in_the_same_queue(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are told to come again like the others; and one that is too wide is scored in parts."""
+    service = open_service(run, Limits(requests=2), cache_tokens=256, max_batch_tokens=8)
+    asked = {"model": "size", "input": "red cat big dog"}
+    with served(service) as server:
+        choices = server.post("/v1/classify", **asked)[1]["choices"]
+        held = threading.Event()
+        monkeypatch.setattr(service.engine, "aside", lambda work: held.wait(20) and work())
+        with ThreadPoolExecutor(4) as pool:
+            calls = [pool.submit(server.post, "/v1/classify", **asked) for _ in range(4)]
+            assert waits_until(lambda: sum(call.done() for call in calls) == 2)
+            assert server.post("/v1/completions", model="size", prompt="red")[0] == 429
+            held.set()
+            found = sorted((call.result() for call in calls), key=lambda each: each[0])
+        assert [status for status, _ in found] == [200, 200, 429, 429] and found[0][1]["choices"] == choices
+        assert service.engine.in_flight == 0
 
 
 # The playground.

@@ -42,6 +42,10 @@ def read_slowly(server: Server, task: str, prompt: str) -> None:
     connection.close()
 
 
+def logprobs(body: Any) -> list[float]:
+    return [each["logprob"] for each in body["choices"]]
+
+
 @pytest.mark.slow
 def test_no_wrong_answer_and_nothing_left_over(tmp_path: Path) -> None:
     run = write_run(tmp_path, "peml+mtl")
@@ -69,11 +73,13 @@ def test_no_wrong_answer_and_nothing_left_over(tmp_path: Path) -> None:
             elif what < 0.9:
                 assert server.post("/v1/completions", model="nobody", prompt=prompt)[0] == 404
             elif what < 0.95:
-                assert server.post("/v1/classify", model="size", fields={"text": prompt})[0] == 200
+                status, body = server.post("/v1/classify", model="size", input=prompt)
+                assert status == 429 or (status == 200 and logprobs(body) == pytest.approx(scored[i], abs=1e-4)), body
             else:
                 read_slowly(server, task, prompt)
 
     with served(service) as server:
+        scored = [logprobs(server.post("/v1/classify", model="size", input=prompt)[1]) for prompt, _, _ in cases]
         with ThreadPoolExecutor(CALLERS) as pool:
             for done in [pool.submit(caller, seed) for seed in range(CALLERS)]:
                 done.result()

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, processors
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
@@ -56,6 +58,11 @@ def test_seeds() -> None:
     assert draws(3) == draws(3) != draws(4)
     assert draws(None) != draws(None)
     assert choose(torch.tensor([0.0, 2.0, 1.0]), Sampling()) == 1
+
+
+def test_a_temperature_close_to_nought_takes_the_likeliest() -> None:
+    """Scores divided by it would be infinite."""
+    assert choose(torch.tensor([1.0, 9.0, 8.9]), Sampling(temperature=1e-308)) == 1
 
 
 def test_logprobs_are_of_the_model() -> None:
@@ -122,6 +129,26 @@ def test_a_stop_text_over_several_tokens() -> None:
                 break
         said += "" if decoder.stopped else decoder.end()
         assert said == text.partition(stop)[0]
+
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """What Llama 2, Mistral and Gemma have: a character that is no word of theirs is one token for each byte."""
+    words = ["<unk>", "</s>", "\u2581hi", "!", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    made = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+
+
+@pytest.mark.parametrize("stops", [(), ("!",)], ids=str)
+def test_characters_of_several_byte_tokens(stops: tuple[str, ...]) -> None:
+    tokenizer, text = byte_fallback_tokenizer(), "\U0001f642\u6771\u00e9\U0001f642"
+    ids = [2, *(4 + byte for byte in text.encode()), 2, 3]
+    decoder = Decoder(tokenizer, stops)
+    pieces = [decoder.add(number) for number in ids]
+    assert not any("\ufffd" in piece for piece in pieces) and decoder.stopped == bool(stops)
+    assert "".join(pieces) == f"hi{text} hi" + "!" * (not stops) and text[:1] in pieces
 
 
 def test_bytes_that_are_no_text() -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import pytest
 from export_kit import write_run
 from peml.cli import main
 from peml.evaluation.scoring import generate_answers, score_choices
+from peml.generate import read_prompts
 from peml.training import open_run
 
 Call = Callable[..., tuple[int, str, str]]
@@ -67,6 +69,8 @@ def test_answers_are_those_of_evaluation(peml: Call, tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (["--task", "color"], "give prompts, or --file"),
+        (["red", "--task", "color", "--output", "no/such/file"], "--output no/such/file is no file in a folder"),
+        (["--task", "color", "--file", "half.jsonl"], "prompt 1 has half of a surrogate pair"),
         (["red", "--task", "rte"], "--task rte: the run has the tasks size, color"),
         (["--task", "color", "--file", "none.txt"], "none.txt cannot be read"),
         (["--task", "color", "--file", "bad.jsonl"], "bad.jsonl:2 is no JSON"),
@@ -79,11 +83,30 @@ def test_mistakes(peml: Call, arguments: list[str], says: str, tmp_path: Path, m
     run = write_run(tmp_path, "lora")
     monkeypatch.chdir(tmp_path)
     Path("bad.jsonl").write_text('"red"\n{\n')
+    Path("half.jsonl").write_text('"\\ud800"\n')
     Path("number.jsonl").write_text("3\n")
     Path("empty.txt").write_text("\n")
     Path("other.jsonl").write_text('{"words": "red"}\n')
     code, _, err = peml("generate", run, *arguments)
     assert code == 2 and says in err
+
+
+def test_lines_end_with_line_breaks(tmp_path: Path) -> None:
+    """Unicode has other separators, which texts hold; and some editors begin a file with a mark."""
+    file = tmp_path / "lines.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf"a\xe2\x80\xa8b"\r\n\n"c\xc2\x85d"\n')
+    assert read_prompts(file) == ["a\u2028b", "c\x85d"]
+
+
+def test_what_cannot_be_served_is_one_sentence(peml: Call, tmp_path: Path) -> None:
+    """Before anything is said to be served; and an address that is taken ends the engine, too."""
+    pytest.importorskip("fastapi", reason="needs the extra `serve`")
+    code, out, err = peml("serve", write_run(tmp_path / "a", "attempt"))
+    assert code == 2 and "made from the text" in err and "serves" not in out and "Traceback" not in err
+    before = threading.active_count()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, _, err = peml("serve", write_run(tmp_path / "b", "lora"), "--port", taken.getsockname()[1])
+    assert code == 2 and "another program has it" in err and threading.active_count() <= before
 
 
 @pytest.mark.slow

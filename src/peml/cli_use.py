@@ -88,6 +88,7 @@ def serve(
         service = open_service(
             folder, limits, cache_tokens=cache_tokens, max_batch_tokens=batch_tokens, device=device, merge=merge
         )
+        service.engine.start()
     if api_key is None and host not in LOOPBACK:
         console.print(Text("note: whoever reaches this address may use it: set --api-key", "yellow"), soft_wrap=True)
     models = escape(", ".join(service.reader.models))
@@ -117,12 +118,14 @@ def generate(
 
     if bool(prompts) == (file is not None):
         raise PemlError("give prompts, or --file with some")
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise PemlError(f"--output {output} is no file in a folder that is there: give another")
     asked = read_prompts(file) if file is not None else list(prompts or ())
     with progress_bar(Console(stderr=True)) as progress:
         answers = generate_run(folder, task, asked, max_new_tokens=max_tokens, batch_size=batch_size, progress=progress)
     for answer in answers:
         # A line each, whatever is in them, so that they can be counted.
-        print(answer.replace("\n", "\\n"))
+        print(answer.replace("\r", "\\r").replace("\n", "\\n"))
     if output is not None:
         rows = [{"task": task, "asked": each, "answer": answer} for each, answer in zip(asked, answers, strict=True)]
         write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -18,6 +18,7 @@ from peml.evaluation.scoring import ENCODE_CHOICES, best_choice, generate_answer
 from peml.tasks import Task
 from peml.tasks.encode import Form
 from peml.tasks.example import Example, after
+from peml.tasks.render import check_characters
 from peml.training import open_adapter
 from peml.training.workbench import form_of, longest_row
 
@@ -91,6 +92,7 @@ def examples_of(task: Task, asked: Sequence[Asked]) -> list[Example]:
     for number, each in enumerate(asked, 1):
         where = f"prompt {number}"
         if isinstance(each, str):
+            check_characters(each, where)
             turns = (("user", each),) if task.chat else ()
             found.append(Example(task.name, each, "", choices, where, turns=turns))
         else:
@@ -106,7 +108,8 @@ def read_prompts(path: str | Path) -> list[Asked]:
     """
     path = Path(path).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # A line ends with a line break: other separators of Unicode may stand in a text.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PemlError(f"{path} cannot be read ({error}): give a file of prompts") from None
     found: list[Asked] = []

@@ -53,6 +53,7 @@ class Order(NamedTuple):
         expected: from `answers`.
         auto: transformers' class that loads the base.
         remote: whether the base brings code of its own, as its run allowed.
+        revision: of the base, on the Hub.
     """
 
     form: str
@@ -61,6 +62,7 @@ class Order(NamedTuple):
     expected: Answers
     auto: str = "AutoModelForCausalLM"
     remote: bool = False
+    revision: str | None = None
 
 
 class Checked(NamedTuple):
@@ -117,7 +119,7 @@ def check_fresh(orders: Sequence[Order]) -> list[Checked]:
         lines = [
             {
                 "format": each.form, "folder": str(each.folder), "base": each.base, "auto": each.auto,
-                "remote": each.remote, "loader": str(Path(__file__).with_name("load_kv.py")),
+                "remote": each.remote, "revision": each.revision, "loader": str(Path(__file__).with_name("load_kv.py")),
                 "input_ids": each.expected.ids.tolist(), "settings": settings(), "answers": str(file),
             }
             for each, file in zip(orders, files, strict=True)

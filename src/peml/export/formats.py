@@ -55,7 +55,7 @@ def write_lora(tuner: PemlModel, folder: Path, task: str | None) -> None:
     LoraConfig(
         r=rank, lora_alpha=rank, lora_dropout=0.0, bias="none", target_modules=_targets(list(pairs), modules),
         fan_in_fan_out=bool(turned), task_type=config.task_type, inference_mode=True,
-        base_model_name_or_path=config.base_model_name_or_path,
+        base_model_name_or_path=config.base_model_name_or_path, revision=config.revision,
     ).save_pretrained(str(folder))  # fmt: skip
     save_file(tensors, str(folder / SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 def load(order: dict[str, Any]) -> Any:
     """The exported model, as its card says."""
     folder, shared = Path(order["folder"]), {"dtype": torch.float32, "trust_remote_code": order["remote"]}
+    named = shared | {"revision": order["revision"]}
     auto = getattr(transformers, order["auto"])
     if order["format"] == "merged":
         return auto.from_pretrained(str(folder), **shared)
@@ -28,8 +29,8 @@ def load(order: dict[str, Any]) -> Any:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return module.load(order["base"], folder, **shared)
-    base = auto.from_pretrained(order["base"], **shared)
+        return module.load(order["base"], folder, **named)
+    base = auto.from_pretrained(order["base"], **named)
     return PeftModel.from_pretrained(base, str(folder))
 
 

@@ -62,12 +62,24 @@ def _obstacles(tuner: PemlModel, config: PemlConfig, form: str) -> list[str]:
             found.append("it has no low-rank part")
     elif prompt is None:
         found.append("it has no prompt: use --to lora, or --to merged")
+    if form in ("merged", "prefix") and (tied := tied_layer(tuner)) is not None:
+        way = "lora" if prompt is None else "kv"
+        found.append(f"{tied} shares its weights with another layer, which merging would change too: use --to {way}")
     if form in ("lora", "kv") and config.modules_to_save:
         saved = ", ".join(config.modules_to_save)
         found.append(f"it trained whole modules ({saved}), which vLLM refuses in a LoRA: use --to merged or prefix")
     if not found and prompt is not None:
         found += _obstacles_of_prompt(tuner, config, form)
     return found
+
+
+def tied_layer(tuner: PemlModel) -> str | None:
+    """A layer with a low-rank part whose weights are another layer's too, as a head's may be the embedding's."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in tuner.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    shared = (name for each in names.values() if len(each) > 1 for name in each if ".base_layer." in name)
+    return next((name.partition(".base_layer.")[0] for name in shared), None)
 
 
 def _obstacles_of_prompt(tuner: PemlModel, config: PemlConfig, form: str) -> list[str]:

@@ -87,6 +87,7 @@ def export_run(
         say(limit)
     config = tuner.config_in_force
     assert config is not None
+    config.revision = recipe.revision  # what is loaded by the base's name must be the same base
     wanted = _wanted(config.task_names, config.needs_task, tasks)
     bare, auto = tuner.model, {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
     stored = getattr(torch, dtype) if dtype != "auto" else _stored_dtype(recipe)
@@ -109,7 +110,8 @@ def export_run(
                     expected = answers(written, None)  # what rounding has made of it is no fault of the export
                 where = temporary / place / ("prefix" if form == "prefix" else "")
                 base = str(temporary / place / "base") if own_base else model_path(recipe.model)
-                orders.append(Order(form, where, base, expected, auto[form_of(bare)], recipe.trust_remote_code))
+                pinned = None if own_base else recipe.revision
+                orders.append(Order(form, where, base, expected, auto[form_of(bare)], recipe.trust_remote_code, pinned))
             if written is not None:
                 model = None
         if check:
@@ -118,8 +120,9 @@ def export_run(
                 _pass(found, task, rounded=form == "prefix" and own_base and stored != torch.float32)
         names = [task for task in wanted if task is not None] or list(config.task_names)
         metrics = RunFolder(run).read_metrics()
-        own_folders = wanted != [None] and len(tasks) != 1
-        text = card(form, recipe, metrics, names, own_folders, own_base, limits, str(stored).removeprefix("torch."))
+        own = [folder_name(task) for task in names] if wanted != [None] and len(tasks) != 1 else []
+        stored_as, loader = str(stored).removeprefix("torch."), auto[form_of(bare)]
+        text = card(form, recipe, metrics, names, own, own_base, limits, stored_as, loader)
         write_text(temporary / "README.md", text)
     return Exported(output, wanted, checks)
 

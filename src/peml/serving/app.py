@@ -62,7 +62,7 @@ class Service:
         self.reader = reader
         self.engine = engine
         self.limits = limits
-        self.metrics = Metrics(lambda: len(engine.requests), lambda: engine.cache_free)
+        self.metrics = Metrics(lambda: engine.in_flight, lambda: engine.cache_free)
         self.answering = Answering(engine, tokenizer, limits, self.metrics)
         self.started = int(time.time())
 
@@ -70,6 +70,12 @@ class Service:
         """An order for each answer that a request wants: all of its first prompt, then of the second."""
         task = self.reader.task(asked.model, asked.task)
         number = 0 if task is None else self.reader.ids[task.name]
+        wanted, room = len(prompts) * asked.n, self.engine.max_requests
+        if wanted > room:
+            raise Refused(
+                400, f"{wanted} answers are asked for at once, and this server has {room} places: ask for fewer",
+                "too_many_answers",
+            )  # fmt: skip
         found = []
         for index, ids in enumerate(itertools.chain.from_iterable(itertools.repeat(ids, asked.n) for ids in prompts)):
             # Answers of one request differ, and are the same again with the same seed.
@@ -123,7 +129,7 @@ class Service:
                 queue.put_nowait((index, error))
 
         workers = [asyncio.create_task(drain(index, order)) for index, order in enumerate(orders)]
-        open_, count, begun, sent = len(orders), 0, [False] * len(orders), False
+        open_, count, begun, spoken, sent = len(orders), 0, set[int](), set[int](), False
         counted = asked.stream_options is not None and asked.stream_options.include_usage
         extra: dict[str, Any] = {"usage": None} if counted else {}
         try:
@@ -136,12 +142,14 @@ class Service:
                     return
                 count += len(piece.tokens)
                 open_ -= piece.finish is not None
-                if not begun[index]:
-                    if (first := form.first(index)) is not None:
-                        yield event(chunk | {"choices": [first]} | extra)
-                        sent = True
-                    begun[index] = not strip or bool(piece.text.strip())
-                    piece.text = piece.text.lstrip() if strip else piece.text
+                if index not in begun and (first := form.first(index)) is not None:
+                    yield event(chunk | {"choices": [first]} | extra)
+                    sent = True
+                begun.add(index)
+                if strip and index not in spoken:
+                    piece.text = piece.text.lstrip()
+                if piece.text:
+                    spoken.add(index)
                 if piece.text or piece.finish is not None or form.wanted:
                     yield event(chunk | {"choices": [form.delta(index, piece)]} | extra)
                     sent = True
@@ -184,7 +192,9 @@ class Service:
             raise Refused(400, f"the input is longer than {room} tokens", "context_length_exceeded")
         # Without a task any will do: the adapter answers all alike.
         names = [self.engine.task_names[0] if task is None else task.name] * len(rows)
-        values = self.engine.aside(lambda: log_likelihoods(self.model, self.tokenizer, rows, names, batch_size=32))
+        # As many tokens at once as a step of the engine has.
+        size = max(1, min(32, self.engine.max_batch_tokens // max(len(row.input_ids) for row in rows)))
+        values = self.engine.aside(lambda: log_likelihoods(self.model, self.tokenizer, rows, names, batch_size=size))
         normalize = task is not None and task.length_normalization
         shares = torch.softmax(torch.tensor(values, dtype=torch.float64), dim=0).tolist()
         self.metrics.tokens.labels(asked.model, "prompt").inc(sum(len(row.input_ids) for row in rows))
@@ -263,10 +273,16 @@ def build_app(service: Service) -> Any:
     async def classify(asked: Classify, request: Request) -> dict[str, Any]:
         service.reader.task(asked.model, asked.task)
         request.scope[MODEL] = asked.model
+        engine = service.engine
+        engine.check_room()
+        engine.asides += 1
         try:
-            return await asyncio.wait_for(asyncio.to_thread(service.classify, asked), service.limits.seconds)
+            work = asyncio.wait_for(asyncio.to_thread(service.classify, asked), service.limits.seconds)
+            return await service.unless_left(request, work)
         except asyncio.TimeoutError:
             raise TimeoutError from None
+        finally:
+            engine.asides -= 1
 
     app.get("/", include_in_schema=False)(playground)
     app.get("/health")(health)

@@ -87,10 +87,28 @@ class Engine:
         self.num_blocks = max(1, cache_tokens // PAGE)
         self.max_batch_tokens = max_batch_tokens
         self.requests: dict[str, Request] = {}
+        self.asides = 0
         self._numbers = itertools.count()
         self._stack = ExitStack()
         self._manager: Any = None
         self._lock = threading.Lock()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that run and wait, those aside of the batch among them."""
+        return len(self.requests) + self.asides
+
+    def check_room(self) -> None:
+        """Refuse one more request where there are as many as may be.
+
+        Raises:
+            EngineStopped: the engine takes none.
+            Overloaded: too many requests are waiting.
+        """
+        if not self.running:
+            raise EngineStopped("the engine is not running")
+        if self.in_flight >= self.max_requests:
+            raise Overloaded(f"{self.max_requests} requests are in flight")
 
     @property
     def longest(self) -> int:
@@ -105,11 +123,13 @@ class Engine:
         return int(self.base.get_input_embeddings().weight.shape[0])
 
     def start(self) -> None:
-        """Begin to serve; a prompt is computed once, here.
+        """Begin to serve, if that has not been done; a prompt is computed once, here.
 
         Raises:
             PemlError: a model that continuous batching cannot serve.
         """
+        if self._manager is not None:
+            return
         self.model.eval()
         self._stack.enter_context(self.tuner.prompt_kept())
         settings = GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=sorted(self.ends) or -1)
@@ -123,6 +143,9 @@ class Engine:
             self._manager = self.base.init_continuous_batching(
                 generation_config=settings, continuous_batching_config=batching, tasks_of=task_of
             )
+        except PemlError:
+            self._stack.close()
+            raise
         except ValueError as error:
             self._stack.close()
             raise PemlError(f"continuous batching does not take this model: {error}") from error
@@ -184,10 +207,7 @@ class Engine:
             Overloaded: too many requests are waiting.
             EngineStopped: the engine takes none.
         """
-        if not self.running:
-            raise EngineStopped("the engine is not running")
-        if len(self.requests) >= self.max_requests:
-            raise Overloaded(f"{self.max_requests} requests are in flight")
+        self.check_room()
         name = f"{task}.{next(self._numbers)}"
         request = Request(task, max_new_tokens, sampling, self.ends, asyncio.get_running_loop())
         self.requests[name] = request
@@ -230,31 +250,43 @@ class Engine:
         names = [each.state.request_id for each in states if each.has_new_token]
         rows = scores[0, : len(names)]
         tokens = rows.argmax(dim=-1).tolist()
-        told: dict[asyncio.AbstractEventLoop, list[tuple[Request, Token]]] = {}
+        broken = rows.isnan().any(dim=-1).tolist()
+        told: dict[asyncio.AbstractEventLoop, list[tuple[Request, Token | Exception]]] = {}
         for row, name in enumerate(names):
             request = self.requests.get(name)
             if request is None:
                 # Given up: its token matters to nobody, and a cancellation that came too early comes again.
                 self._manager.cancel_request(name)
                 continue
-            how = request.sampling
-            if how.temperature > 0:
-                tokens[row] = choose(rows[row], how)
-            logprob: float | None = None
-            top: tuple[tuple[int, float], ...] = ()
-            if how.top_logprobs is not None:
-                logprob, top = logprobs_of(rows[row], tokens[row], how.top_logprobs)
-            request.count += 1
-            ended = "stop" if tokens[row] in request.ends else None
-            ended = ended or ("length" if request.count >= request.max_new_tokens else None)
-            told.setdefault(request.loop, []).append((request, Token(tokens[row], logprob, top, ended)))
+            news: Token | Exception
+            try:
+                if broken[row]:
+                    raise ArithmeticError("the model's scores are no numbers")
+                news = self._next(request, rows[row], tokens[row])
+                tokens[row] = news.id
+            except Exception as error:  # what is wrong with one answer must not end the others
+                news = error
+                self._manager.cancel_request(name)
+            told.setdefault(request.loop, []).append((request, news))
         output_ids[0, : len(tokens)].copy_(torch.tensor(tokens, dtype=output_ids.dtype))
-        for loop, news in told.items():
+        for loop, all_news in told.items():
             if not loop.is_closed():
-                loop.call_soon_threadsafe(_tell, news)
+                loop.call_soon_threadsafe(_tell, all_news)
+
+    def _next(self, request: Request, scores: Tensor, likeliest: int) -> Token:
+        """The next token of one request."""
+        how = request.sampling
+        token = choose(scores, how) if how.temperature > 0 else likeliest
+        logprob: float | None = None
+        top: tuple[tuple[int, float], ...] = ()
+        if how.top_logprobs is not None:
+            logprob, top = logprobs_of(scores, token, how.top_logprobs)
+        request.count += 1
+        ended = "stop" if token in request.ends else None
+        return Token(token, logprob, top, ended or ("length" if request.count >= request.max_new_tokens else None))
 
 
-def _tell(news: list[tuple[Request, Token]]) -> None:
+def _tell(news: list[tuple[Request, Token | Exception]]) -> None:
     for request, token in news:
         request.out.put_nowait(token)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Limits:
         requests: in flight and waiting; more are told to come again.
         seconds: until an answer must be complete.
         api_key: that callers must bear; None: nobody asks.
+        body_seconds: until a body must be there.
     """
 
     body_bytes: int = 1 << 20
@@ -46,6 +48,7 @@ class Limits:
     requests: int = 256
     seconds: float = 120.0
     api_key: str | None = None
+    body_seconds: float = 30.0
 
 
 class Refused(Exception):
@@ -83,7 +86,9 @@ def problem(error: Exception) -> Refused:
 def body_of(refused: Refused) -> dict[str, Any]:
     """A refusal in OpenAI's form."""
     kind = "invalid_request_error" if refused.status < 500 else "server_error"
-    return {"error": {"message": refused.message, "type": kind, "param": None, "code": refused.code}}
+    # What somebody sent may be in the sentence, halves of surrogate pairs too, which no response can hold.
+    message = refused.message.encode("utf-8", "backslashreplace").decode("utf-8")
+    return {"error": {"message": message, "type": kind, "param": None, "code": refused.code}}
 
 
 def response(refused: Refused) -> JSONResponse:
@@ -158,13 +163,16 @@ class Gate:
         if not length.isdigit() or int(length) > most:
             await self._refuse(refused, scope, receive, send)
             return
-        if b"transfer-encoding" not in headers:
-            await self.app(scope, receive, send)
-            return
-        # A body of unknown length is read here, so that it can be refused before anything is answered.
-        body, more = b"", True
+        # A body is read here, so that one that is too large, or never ends, is refused before anything is answered.
+        body, more, loop = b"", True, asyncio.get_running_loop()
+        end = loop.time() + self.limits.body_seconds
         while more:
-            message = await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, end - loop.time()))
+            except asyncio.TimeoutError:
+                slow = f"the body took longer than {self.limits.body_seconds:g} seconds"
+                await self._refuse(Refused(408, slow, "body_too_slow", {"Connection": "close"}), scope, receive, send)
+                return
             if message["type"] != "http.request":
                 return
             body += message.get("body", b"")

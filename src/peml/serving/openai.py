@@ -38,6 +38,7 @@ class Completions:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, wanted: bool) -> None:
         self.tokenizer = tokenizer
         self.wanted = wanted
+        self._lengths: dict[int, int] = {}
 
     def first(self, index: int) -> dict[str, Any] | None:
         """What comes before all text in a stream."""
@@ -48,7 +49,7 @@ class Completions:
         return {
             "index": index,
             "text": piece.text,
-            "logprobs": self._logprobs(piece.tokens) if self.wanted else None,
+            "logprobs": self._logprobs(index, piece.tokens) if self.wanted else None,
             "finish_reason": piece.finish,
         }
 
@@ -56,11 +57,13 @@ class Completions:
         """A part of one."""
         return self.choice(index, piece)
 
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
         names = [name_of(self.tokenizer, token.id) for token in tokens]
-        offsets = [0]
+        # In a stream a piece goes on where the last one ended.
+        offsets = [self._lengths.get(index, 0)]
         for name in names:
             offsets.append(offsets[-1] + len(name))
+        self._lengths[index] = offsets[-1]
         top = [{name_of(self.tokenizer, number): value for number, value in token.top} for token in tokens]
         return {
             "tokens": names,
@@ -85,7 +88,7 @@ class Chats(Completions):
         return {
             "index": index,
             "message": {"role": "assistant", "content": piece.text, "refusal": None},
-            "logprobs": self._logprobs(piece.tokens) if self.wanted else None,
+            "logprobs": self._logprobs(index, piece.tokens) if self.wanted else None,
             "finish_reason": piece.finish,
         }
 
@@ -94,11 +97,11 @@ class Chats(Completions):
         return {
             "index": index,
             "delta": {"content": piece.text} if piece.text or piece.finish is None else {},
-            "logprobs": self._logprobs(piece.tokens) if self.wanted else None,
+            "logprobs": self._logprobs(index, piece.tokens) if self.wanted else None,
             "finish_reason": piece.finish,
         }
 
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
         return {
             "content": [
                 self._entry(token.id, token.logprob) | {"top_logprobs": [self._entry(*each) for each in token.top]}

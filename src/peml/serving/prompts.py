@@ -13,6 +13,7 @@ from peml.tasks import Task
 from peml.tasks.conversation import Turns, plain_text
 from peml.tasks.encode import encode_prompts
 from peml.tasks.example import Example, after
+from peml.tasks.render import check_characters
 
 UNCUT = 2**40
 """Tokens that no prompt has: what is too long is refused, not shortened."""
@@ -71,6 +72,7 @@ class Reader:
     def example(self, task: Task | None, asked: str | Mapping[str, Any]) -> Example:
         """A prompt as it is, or fields in the task's own template."""
         if isinstance(asked, str):
+            check_characters(asked, "the request: the prompt")
             return Example("" if task is None else task.name, asked, "", (), "the request")
         if task is None:
             raise PemlError("`fields` go into a task's template: give a task as `model`, or as `task`")
@@ -128,8 +130,8 @@ class Decoder:
         if at >= 0:
             self.text, self.stopped = self.text[:at], True
             return self._give(len(self.text))
-        certain = len(self.text) - self._open()
-        return self._give(certain if not self.text.endswith("\ufffd") else min(certain, len(self.text) - 1))
+        # Of a character that is not whole some tokenizers make one mark, and others one for each of its bytes.
+        return self._give(min(len(self.text) - self._open(), len(self.text.rstrip("\ufffd"))))
 
     def end(self) -> str:
         """What was held back, at the end."""

@@ -63,7 +63,9 @@ def choose(scores: Tensor, how: Sampling) -> int:
     if how.temperature <= 0:
         return int(scores.argmax())
     # On the host: a generator belongs to one device, and a seed means the same draws on each.
-    probabilities = torch.softmax(scores.double().cpu() / how.temperature, dim=-1)
+    exact = scores.double().cpu()
+    # From the likeliest down: divided by a tiny temperature, scores of themselves would be infinite.
+    probabilities = torch.softmax((exact - exact.max()) / how.temperature, dim=-1)
     if how.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         # The first token always stays, and the one that reaches the share.

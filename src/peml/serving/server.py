@@ -10,12 +10,14 @@ import torch
 import uvicorn
 
 from peml.errors import PemlError
+from peml.export.lint import tied_layer
 from peml.serving.app import Service, build_app
 from peml.serving.engine import Engine
 from peml.serving.limits import Limits
 from peml.serving.prompts import Reader
 from peml.tasks.encode import end_ids
 from peml.training import open_adapter
+from peml.training.arguments import one_line
 from peml.training.workbench import form_of
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -47,11 +49,17 @@ def open_service(
     recipe, tokenizer, model = open_adapter(run)
     if form_of(model.base_model.model) != "causal":
         raise PemlError(f"{run}: only decoders are served, and {recipe.model} has an encoder: use `peml evaluate`")
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model.to(place)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise PemlError(f"--device {place}: the model cannot go there ({one_line(error)}): choose another") from error
     config = model.base_model.config_in_force
     if merge:
         if config.adapter is None or not config.adapter.foldable or config.adapter_needs_task:
             raise PemlError(f"{run}: --merge is for a low-rank part that is the same for all tasks: leave it out")
+        if (tied := tied_layer(model.base_model)) is not None:
+            raise PemlError(f"{run}: {tied} shares its weights with another layer: leave out --merge")
         model.base_model.merge_adapter()
     tasks = {task.name: task for task in recipe.build_tasks()}
     if list(tasks) != list(config.task_names):
@@ -87,7 +95,7 @@ def serve(service: Service, host: str = "127.0.0.1", port: int = 8000, grace_sec
     except SystemExit:
         # uvicorn has said why on standard error.
         raise PemlError(
-            f"{host}:{port} cannot be served: another program has it, or the engine did not start"
+            f"{host}:{port} cannot be served: another program has it, or it is no address of this machine"
         ) from None
 
 

@@ -282,7 +282,11 @@ def open_adapter(path: str | Path, **train: Any) -> tuple[Recipe, PreTrainedToke
     recipe = load_recipe(folder.recipe)
     recipe = recipe.model_copy(update={"train": {**recipe.train, **train}})
     tokenizer, model = load_base(recipe)
-    return recipe, tokenizer, load_adapter(model, folder).eval()
+    adapted = load_adapter(model, folder).eval()
+    for name, parameter in adapted.named_parameters():
+        if parameter.is_floating_point() and bool(parameter.isnan().any()):
+            raise PemlError(f"{folder.adapter}: {name} holds what is no number: train it again")
+    return recipe, tokenizer, adapted
 
 
 def load_adapter(model: PreTrainedModel, folder: RunFolder, trainable: bool = False) -> PeftModel:
