@@ -43,7 +43,7 @@ def common_shift(token_logits: Tensor, layer_gates: Tensor, widths: Tensor, budg
     """
     beta, layers = token_logits.detach(), layer_gates.detach()
     low, high = -beta.max() - 40, -beta.min() + 40
-    # Thirty-two sections at once in place of two: a step of the search is some ten small operations long, not sixty.
+    # Thirty-two sections at once in place of two: eleven rounds of small operations in each step, not sixty.
     parts = torch.linspace(0, 1, 33, dtype=beta.dtype, device=beta.device)
     for _ in range(11):
         shifts = low + (high - low) * parts
