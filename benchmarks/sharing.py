@@ -3,13 +3,15 @@
 toy: two families of tasks that contradict each other (`benchmarks.sharing_tasks`). Does affinity find the families, and
 what do adapters by cluster and by depth reach beside one LoRA that all tasks share?
 
-encoder: eight GLUE tasks on a sentence encoder, with `recipes/encoder.yaml`.
+encoder: eight GLUE tasks on a sentence encoder, with `recipes/encoder.yaml`; every row has the rank at which it trains
+as many numbers in all as one LoRA of the recipe's rank.
 
 Every job is a folder of its own, and a finished one is not run again.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -20,12 +22,16 @@ from typing import Any
 
 import torch
 import yaml
+from transformers import PreTrainedModel
 
 import peml
 from benchmarks.record import environment, spread
 from benchmarks.sharing_tasks import FAMILIES, TASKS, family_of, write_families
 from peml.affinity import Affinity, How, find_affinity, write_affinity
+from peml.config import PemlConfig
+from peml.methods import match_params, trainable_parameters
 from peml.training import Recipe, RunFolder
+from peml.training.grouping import Grouped
 from peml.training.run import attach
 from peml.training.workbench import load_base
 
@@ -61,6 +67,9 @@ def base_of(options: Namespace, seed: int) -> dict[str, Any]:
         data["tasks"][0]["path"] = options.data
         limits = {"limit_train": options.train_rows, "limit_eval": options.eval_rows}
         data["tasks"][0] |= {key: limit for key, limit in limits.items() if limit is not None}
+        # Heads fitted on few rows leave the training something to do.
+        data["train"] |= {"probe_rows": 200}
+        data |= {"evaluate_before": False}
     else:
         entries = write_families(Path(options.work) / f"rows-{seed}", seed, options.train_rows, options.eval_rows)
         data = {"model": "toy", "tasks": entries, "mixing": {"by": "equal"}, "evaluate_before": False}
@@ -75,7 +84,35 @@ def recipe_of(options: Namespace, way: dict[str, Any], seed: int) -> Recipe:
     data["set"] = {**data.get("set", {}), **own.pop("set", {})}
     if "regime" in own:
         own["regime"] = {**own["regime"], "clusters": str(affinity_folder(options, seed).resolve())}
-    return Recipe.model_validate(data | own)
+    recipe = Recipe.model_validate(data | own)
+    return recipe if options.what == "toy" else matched(recipe)
+
+
+@functools.lru_cache(maxsize=1)
+def base_and_budget(model: str) -> tuple[PreTrainedModel, int]:
+    """The encoder, and how many numbers one LoRA of the recipe trains; heads are the same in all rows."""
+    recipe = Recipe.model_validate(yaml.safe_load(RECIPE.read_text(encoding="utf-8")) | {"model": model})
+    base = load_base(recipe)[1]
+    return base, trainable_parameters(headless(recipe), base)
+
+
+def headless(recipe: Recipe) -> PemlConfig:
+    """The adapter alone, with the groups that affinity gives it."""
+    config, how = recipe.config(), recipe.how
+    config.task_type, config.heads = "FEATURE_EXTRACTION", None
+    if isinstance(how, Grouped):
+        found = Affinity.load(str(how.clusters), config.task_names)
+        config.set_groups(how.levels(found.between, config.task_names))
+    return config
+
+
+def matched(recipe: Recipe) -> Recipe:
+    """The same at the rank that trains as many numbers as one LoRA does; alpha / r stays 2, as in the recipe."""
+    base, budget = base_and_budget(recipe.model)
+    adapter = match_params(headless(recipe), base, budget).adapter
+    assert adapter is not None
+    settings = recipe.settings | {"adapter.r": adapter.r, "adapter.lora_alpha": 2 * adapter.r}
+    return recipe.model_copy(update={"set": settings})
 
 
 def affinity_folder(options: Namespace, seed: int) -> Path:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import peml
-from peml.training import train
-from workshop import recipe, write_recipe
+from peml.affinity import Affinity
+from peml.training import RunFolder, train
+from workshop import recipe, write_model, write_recipe
 
 
 @pytest.mark.slow
@@ -68,3 +70,21 @@ def test_two_processes_take_the_architecture_steps_of_one(tmp_path: Path, regime
         for key, value in expected.items():
             torch.testing.assert_close(given[key], value, rtol=2e-2, atol=1e-6, msg=key)
     assert (one.path / "architecture.json").exists() and (tmp_path / "two" / "architecture.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_clusters_that_they_find(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    how = {"name": "one_plus_n", "num_clusters": 2, "warmup_steps": 2, "batches": 1, "batch_rows": 4}
+    data = recipe(tmp_path, method="lora", set={"adapter.r": 4}, regime=how, evaluate_before=False)
+    data["tasks"].append(data["tasks"][0] | {"name": "third"})
+    data["train"] |= {"max_steps": 3, "use_cpu": True, "ddp_backend": "gloo"}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "peml"]
+    command = [*launch, "train", str(path), "--output", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = RunFolder(tmp_path / "two")
+    found = [list(group) for group in Affinity.load(folder.path).clustering.clusters]
+    assert folder.read_metrics()["groups"] == [{"until": 1.0, "groups": found}] and len(found) == 2

@@ -157,6 +157,8 @@ def test_a_cluster_of_a_run_is_trained_again_alone(tmp_path: Path) -> None:
         ({"name": "progressive", "bounds": [0.7, 0.3]}, {}, "regime.bounds must ascend"),
         ({"name": "progressive", "num_clusters": 4}, {}, "wants clusters"),
         ({"name": "progressive", "by": "lookahead"}, {}, "set regime.lookahead"),
+        ({"name": "one_plus_n", "clusters": "a/run", "warmup_steps": 9}, {}, "regime.warmup_steps says how affinity"),
+        ({"name": "one_plus_n", "clusters": CLUSTERS, "batches": 2}, {}, "regime.batches says how affinity"),
     ],
 )
 def test_what_cannot_be_clustered_is_refused(tmp_path: Path, how: Any, changes: Any, message: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 
@@ -72,7 +73,9 @@ def grouped(
     else:
         wanted = How(how.warmup_steps, how.batches, how.batch_rows, how.lookahead, how.by, how.num_clusters)
         found = find_affinity(recipe, wanted, workbench=bench, console=console)
-    levels = read_groups(how.levels(found.between, names), names, "regime.clusters")
+    # Each process has measured by itself, and a last digit may decide: all take what the main one found.
+    (chosen,) = broadcast_object_list([how.levels(found.between, names)])
+    levels = read_groups(chosen, names, "regime.clusters")
     if main and known is None:
         folder.create(overwrite=overwrite)
         write_text(folder.recipe, recipe.to_yaml())

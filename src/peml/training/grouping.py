@@ -11,6 +11,9 @@ from peml.errors import PemlError
 from peml.groups import checked_groups
 from peml.training.entries import Section
 
+MEASURED = ("warmup_steps", "batches", "batch_rows", "lookahead", "by")
+"""Keys of a regime that say how its clusters are measured."""
+
 
 class Grouped(Section):
     """A regime whose tasks have adapters by group.
@@ -46,6 +49,13 @@ class Grouped(Section):
                 raise PemlError(f"regime.num_clusters is {self.num_clusters}, and {len(self.clusters)} are given")
         elif len(tasks) < (self.num_clusters or 2):
             raise PemlError(f"regime {name} wants clusters, and there is but {', '.join(tasks)}: use the regime joint")
+        # A run's own recipe has every key, most as they are by default.
+        own = type(self).model_fields
+        unread = [key for key in MEASURED if getattr(self, key) != own[key].default]
+        if self.clusters != "auto" and unread:
+            raise PemlError(
+                f"regime.{unread[0]} says how affinity is measured, and regime.clusters are given: leave one out"
+            )
         if self.by == "lookahead" and self.lookahead is None:
             raise PemlError("regime.by: lookahead needs the length of its step: set regime.lookahead")
 
