@@ -83,7 +83,8 @@ def recipe_of(options: Namespace, way: dict[str, Any], seed: int) -> Recipe:
     data, own = base_of(options, seed), dict(way)
     data["set"] = {**data.get("set", {}), **own.pop("set", {})}
     if "regime" in own:
-        own["regime"] = {**own["regime"], "clusters": str(affinity_folder(options, seed).resolve())}
+        found = {"clusters": str(affinity_folder(options, seed).resolve()), "num_clusters": options.clusters}
+        own["regime"] = {**own["regime"], **found}
     recipe = Recipe.model_validate(data | own)
     return recipe if options.what == "toy" else matched(recipe)
 
@@ -124,7 +125,7 @@ def affinity(options: Namespace, seed: int) -> Affinity:
     folder = affinity_folder(options, seed)
     if not (folder / "affinity.json").exists():
         recipe = Recipe.model_validate(base_of(options, seed) | {"method": "lora"})
-        how = How(warmup_steps=options.warmup, batches=options.batches, batch_rows=16)
+        how = How(warmup_steps=options.warmup, batches=options.batches, batch_rows=16, clusters=options.clusters)
         write_affinity(find_affinity(recipe, how), folder)
     return Affinity.load(folder)
 
@@ -192,6 +193,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default 200 and 1200")
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--clusters", type=int, help="how many; default as many as fit best")
     parser.add_argument("--train-rows", type=int, help="of each task; default 128, and as the recipe says")
     parser.add_argument("--eval-rows", type=int, help="of each task; default 60, and all")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -219,14 +221,20 @@ def main() -> None:
     parts.append(
         f"{options.steps} steps, mean and standard deviation over {options.seeds} seeds, scores in per cent; clusters "
         f"are those of `peml affinity`: {options.warmup} steps of warm-up, {options.batches} batches of 16 rows a "
-        f"task, {spent:.0f} s on average."
+        f"task, {spent:.0f} s on average{'' if options.clusters is None else f'; cut into {options.clusters}'}."
     )
     parts.append(rows)
     if toy:
         hits = sum(map(recovered, measured))
         parts.append(f"Affinity recovers the families for {hits} of {len(measured)} seeds.")
     clusters = [[list(group) for group in found.clustering.clusters] for found in measured]
-    parts.append("\n".join(f"- seed {seed}: {' / '.join(map(', '.join, own))}" for seed, own in enumerate(clusters)))
+    fits = [max(found.clustering.scores.values()) for found in measured]
+    parts.append(
+        "\n".join(
+            f"- seed {seed}: {' / '.join(map(', '.join, own))}; best silhouette of any number of clusters {fit:.2f}"
+            for seed, (own, fit) in enumerate(zip(clusters, fits, strict=True))
+        )
+    )
     (options.out / f"sharing-{options.what}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     settings = {k: v for k, v in vars(options).items() if k not in ("work", "data", "model", "out")}
     found = [{"clusters": own, "score": m.clustering.score, "cosines": m.cosines, "seconds": m.seconds}

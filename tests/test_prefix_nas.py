@@ -12,6 +12,7 @@ import references
 from models import adapt, gradients, probe_loss, shake, tiny, tokens
 from peml import PemlError
 from peml.prompts import AttentionSlot, ModelShape, PrefixGenerator, PrefixNAS
+from peml.prompts.generator import UNLED
 from peml.prompts.objective import undecided
 from peml.prompts.operations import DEFAULT_OPERATIONS, OPERATIONS, operation_multiply_adds, operation_parameters
 
@@ -306,6 +307,22 @@ def test_warm_up_holds_the_architecture() -> None:
             assert parameter.grad is not None and bool(parameter.grad.any()) == moves
         assert prompt.seed.grad.any()
         model.zero_grad()
+
+
+def test_a_loop_that_forgets_to_lead_the_search_is_told_once() -> None:
+    led, forgotten = generator(), generator()
+    led.set_progress(0.1)
+    for _ in range(UNLED):
+        led(None)
+    with torch.no_grad():
+        for _ in range(UNLED):
+            forgotten(None)
+    for _ in range(UNLED - 1):
+        forgotten(None)
+    with pytest.warns(UserWarning, match="nobody leads the search"):
+        forgotten(None)
+    for _ in range(UNLED):
+        forgotten(None)
 
 
 @pytest.mark.parametrize("training", ["search", "warm-up"])

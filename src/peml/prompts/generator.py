@@ -7,6 +7,7 @@ Letters: `P` prefix tokens, `L` attention layers, `h` width, `q` rank of the hea
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 TOKEN_GATE_OPEN, LAYER_GATE_OPEN = 2.0, 4.0
 """Initial logits of gates: sigmoid(2) = 0.88 and sigmoid(4) = 0.98, our choice: open, and free to move."""
+
+UNLED = 200
+"""Training steps after which a search that nobody leads is spoken of: our choice."""
 
 
 class Structure(NamedTuple):
@@ -92,6 +96,7 @@ class PrefixGenerator(Prefix):
         self.register_buffer("kept", kept)
         self.register_buffer("progress", torch.zeros(()))
         self._warming_up = False
+        self._unled: int | None = 0
         self._derived: Structure | None = None
         self._constants: dict[str, Tensor] = {}
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
@@ -145,6 +150,20 @@ class PrefixGenerator(Prefix):
         """Move the temperature, and hold the architecture still during warm-up."""
         self.progress.fill_(fraction)
         self._warming_up = fraction < self.config.warmup_fraction
+        self._unled = None
+
+    def _notice_that_nobody_leads(self) -> None:
+        """Warn, once, where a loop trains the search and never says how far it is."""
+        if self._unled is None or not (self.training and self.searching and torch.is_grad_enabled()):
+            return
+        self._unled += 1
+        if self._unled == UNLED:
+            self._unled = None
+            warnings.warn(
+                f"{UNLED} steps, and nobody leads the search of the prefix: it will never end. Use peml's trainers, "
+                "`SearchCallback` of peml.training, or set_progress and derive of the prompt",
+                stacklevel=2,
+            )
 
     def _open(self, parameter: Tensor) -> Tensor:
         parameter = parameter.to(self._precise)
@@ -244,6 +263,7 @@ class PrefixGenerator(Prefix):
 
     def forward(self, present: Sequence[int] | None) -> list[LayerPrefix | None]:
         """Keys, values and gates of every layer, from one run of the generator."""
+        self._notice_that_nobody_leads()
         flat, kept = self.head(self.hidden()), self._structure().kept
         searched = self.token_gate is not None or self.layer_gate is not None
         gated = self.strength is not None or (searched and self.searching) or self.config.deploys_gates
