@@ -338,10 +338,11 @@ def test_a_trial_that_falls_behind_is_stopped_and_billed(tmp_path: Path, quick: 
     assert table.row_count == 10 and "adapter.\nr" in [str(column.header) for column in table.columns]
 
 
-def test_a_trial_that_fails_is_recorded_and_the_others_go_on(tmp_path: Path, quick: Any) -> None:
+@pytest.mark.parametrize("kind", [PemlError, RuntimeError])
+def test_a_trial_that_fails_is_recorded_and_the_others_go_on(tmp_path: Path, quick: Any, kind: type[Exception]) -> None:
     def diverges(own: Recipe, number: int) -> float:
         if own.set["prompt.temperature"] == [1.0, 0.3]:
-            raise PemlError("training diverged:\n lower the learning rates")
+            raise kind("training diverged:\n lower the learning rates")
         return 0.5
 
     quick(diverges)

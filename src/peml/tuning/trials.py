@@ -182,7 +182,8 @@ class _Tuning:
             state = states.COMPLETE
         except optuna().TrialPruned:
             state = states.PRUNED
-        except (PemlError, torch.OutOfMemoryError) as error:
+        # torch says by a RuntimeError that memory is out, and most of what a value of the ranges makes impossible.
+        except (PemlError, RuntimeError) as error:
             state = states.FAIL
             trial.set_user_attr("error", " ".join(str(error).split()))
         seconds = time.perf_counter() - begun
