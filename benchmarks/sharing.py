@@ -228,16 +228,19 @@ def main() -> None:
         hits = sum(map(recovered, measured))
         parts.append(f"Affinity recovers the families for {hits} of {len(measured)} seeds.")
     clusters = [[list(group) for group in found.clustering.clusters] for found in measured]
-    fits = [max(found.clustering.scores.values()) for found in measured]
-    parts.append(
-        "\n".join(
-            f"- seed {seed}: {' / '.join(map(', '.join, own))}; best silhouette of any number of clusters {fit:.2f}"
-            for seed, (own, fit) in enumerate(zip(clusters, fits, strict=True))
-        )
-    )
+    lines = []
+    for seed, (own, from_seed) in enumerate(zip(clusters, measured, strict=True)):
+        line = f"- seed {seed}: {' / '.join(map(', '.join, own))}"
+        line += f"; best silhouette of any number of clusters {max(from_seed.clustering.scores.values()):.2f}"
+        if from_seed.agreement is not None:
+            line += f"; agreement of two halves of the batches {min(from_seed.agreement.values()):.2f} to "
+            line += f"{max(from_seed.agreement.values()):.2f}"
+        lines.append(line)
+    parts.append("\n".join(lines))
     (options.out / f"sharing-{options.what}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     settings = {k: v for k, v in vars(options).items() if k not in ("work", "data", "model", "out")}
-    found = [{"clusters": own, "score": m.clustering.score, "cosines": m.cosines, "seconds": m.seconds}
+    found = [{"clusters": own, "score": m.clustering.score, "cosines": m.cosines,
+             "agreement": m.agreement, "seconds": m.seconds}
              for own, m in zip(clusters, measured, strict=True)]  # fmt: skip
     record = {
         "environment": environment(torch.get_num_threads()),

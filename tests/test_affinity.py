@@ -21,7 +21,7 @@ import peml
 from models import TASKS, adapt, tiny
 from peml import PemlError
 from peml.affinity import Affinity, How, cluster, find_affinity, write_affinity
-from peml.affinity.measure import Measured, measure
+from peml.affinity.measure import Measured, _draws, measure
 from peml.affinity.transfer import transfer
 from peml.cli import main
 from peml.regimes import train
@@ -73,6 +73,26 @@ def test_cosines_are_those_of_gradients_by_hand(tmp_path: Path) -> None:
         torch.testing.assert_close(found.blocks[place] if place else found.cosines, wanted, rtol=1e-5, atol=1e-6)
     assert float(found.spread.max()) < 1e-6 and list(found.blocks) == ["model.layers.0", "model.layers.1"]
     assert found.depths == {"model.layers.0": 0.25, "model.layers.1": 0.75}
+
+
+def test_agreement_is_the_cosine_of_two_halves_by_hand(tmp_path: Path) -> None:
+    model, data, trainer = bench(tmp_path)
+    found = measure(trainer, data, batches=4, batch_rows=2)
+    ups = [p for name, p in model.named_parameters() if name.endswith(".up")]
+    halves: list[list[Tensor]] = [[], []]
+    for task in range(3):
+        for half in (0, 1):
+            mean = torch.zeros(())
+            for picked in list(_draws(data, 4, 2, trainer.args.seed))[half::2]:
+                one = TaskRows({TASKS[0]: [data.rows[i] for i in picked[task]]})
+                mean = mean + torch.cat([g.flatten() for g in torch.autograd.grad(loss_of(model, one, 0), ups)])
+            halves[half].append(mean)
+    wanted = F.cosine_similarity(torch.stack(halves[0]), torch.stack(halves[1])).double()
+    assert found.agreement is not None and wanted.min() < 0.9
+    torch.testing.assert_close(found.agreement, wanted, rtol=1e-4, atol=1e-5)
+    every = measure(trainer, data, batches=2, batch_rows=9).agreement
+    assert every is not None and every.min() > 1 - 1e-6
+    assert measure(trainer, data, batches=1, batch_rows=9).agreement is None
 
 
 def test_lookahead_is_a_step_and_a_loss_by_hand(tmp_path: Path) -> None:

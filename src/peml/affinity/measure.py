@@ -2,13 +2,15 @@
 
     cosine      z_ij = g_i . g_j / (|g_i| |g_j|),  g_i the mean over batches of the gradient of L_i
     look-ahead  z_ij = mean over batches of  1 - L_j(w - eta g_i) / L_j(w)
+    agreement   a_i = cosine of g_i over every other batch and g_i over the rest
 
 Paper: gradient similarity decides what is shared in Progressive Task-specific Adaptation, arXiv:2509.19602; look-ahead
 is inter-task affinity, TAG, arXiv:2109.04617, section 3. Our choice: gradients of the up-projections alone, because
 behind a short warm-up those of the random down-projections come through factors that are all but zero; cosines of mean
 gradients, because those of single batches are drawn towards zero by what is peculiar to their rows; the step of
 look-ahead is along a batch's g_i in all of the adapter, as long as `step` times its weights, in place of TAG's
-optimiser step, so that tasks with large losses do not look further.
+optimiser step, so that tasks with large losses do not look further. Agreement, our choice too, is what a task's cosine
+with itself comes to on half of the rows: where it is small, cosines with others are chance.
 
 Letters: `T` tasks, `K` batches, `L` blocks.
 """
@@ -40,6 +42,7 @@ class Measured:
         blocks: cosines by block, `[T, T]`, from the bottom up; of layers in no stack under their own path.
         depths: middle of each of these blocks as a share of its stack's depth; of layers in no stack None.
         lookahead: mean over the batches, `[T, T]`, row i what a step for task i does to all; None: not asked for.
+        agreement: `[T]`; None: there was but one batch.
     """
 
     cosines: Tensor
@@ -47,6 +50,7 @@ class Measured:
     blocks: dict[str, Tensor]
     depths: dict[str, float | None]
     lookahead: Tensor | None
+    agreement: Tensor | None
 
 
 def measure(
@@ -63,28 +67,43 @@ def measure(
     """
     depths, places, ups, whole = _parameters(trainer)
     single, ahead = [], []
-    sums: list[list[Tensor]] = []
+    halves: list[list[list[Tensor]]] = [[], []]
     was = trainer.model.training
     trainer.model.eval()
-    for picked in _draws(rows, batches, batch_rows, trainer.args.seed):
+    for number, picked in enumerate(_draws(rows, batches, batch_rows, trainer.args.seed)):
         given = [trainer._prepare_inputs(trainer.data_collator([rows[i] for i in own])) for own in picked]
         gradients = [_gradient(trainer, batch, whole) for batch in given]
         own = [[found[up] for up in ups] for found in gradients]
         single.append(_normalised(sum(_gramians(places, own).values(), torch.zeros(()))))
-        sums = (
-            own if not sums else [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, own, strict=True)]
-        )
+        halves[number % 2] = _added(halves[number % 2], own)
         if step is not None:
             ahead.append(_look_ahead(trainer, given, gradients, whole, step))
     trainer.model.train(was)
-    gramians = _gramians(places, sums)
+    gramians = _gramians(places, _added(*halves))
     return Measured(
         _normalised(sum(gramians.values(), torch.zeros(()))),
         torch.stack(single).std(0, correction=0),
         {place: _normalised(gramian) for place, gramian in gramians.items()},
         depths,
         torch.stack(ahead).mean(0) if ahead else None,
+        None if batches == 1 else _agreement(*halves),
     )
+
+
+def _added(left: list[list[Tensor]], right: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Sums of two tasks' gradients each; of none and some, these."""
+    if not left or not right:
+        return left or right
+    return [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(left, right, strict=True)]
+
+
+def _agreement(left: Sequence[Sequence[Tensor]], right: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Cosine of each task's gradient in one half with that in the other."""
+    found = []
+    for task in zip(left, right, strict=True):
+        pair = torch.stack([torch.cat([g.flatten() for g in own]).double() for own in task])
+        found.append(_normalised(pair @ pair.T)[0, 1].cpu())
+    return torch.stack(found)
 
 
 def _gramians(places: Sequence[str], gradients: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:

@@ -14,6 +14,9 @@ from peml.training.folder import write_text
 
 Rows = list[list[float]]
 
+AGREES = 0.5
+"""A task whose agreement with itself is lower has affinities by chance: our choice."""
+
 
 @dataclass(frozen=True)
 class Affinity:
@@ -32,6 +35,8 @@ class Affinity:
         bill: as of a run; see `peml.training.bill`.
         depths: middle of each block as a share of its stack's depth; None: in no stack. Of a file without them, blocks
             count as all of one stack.
+        agreement: by task, how far the mean gradients of two halves of the batches point the same way, a cosine; None:
+            not measured.
     """
 
     tasks: list[str]
@@ -45,6 +50,7 @@ class Affinity:
     seconds: dict[str, float]
     bill: dict[str, Any] = field(default_factory=dict)
     depths: dict[str, float | None] = field(default_factory=dict)
+    agreement: dict[str, float] | None = None
 
     def between(self, low: float, high: float, number: int | None = None) -> Clustering:
         """Clusters by the mean of the blocks in a range of depth; where it has all or none, those of the whole."""
@@ -56,6 +62,10 @@ class Affinity:
             return self.clustering if number is None else cluster(self.matrix, self.tasks, number)
         mean = [[sum(own[i][j] for own in chosen) / len(chosen) for j in self._range] for i in self._range]
         return cluster(mean, self.tasks, number)
+
+    def by_chance(self) -> list[str]:
+        """Tasks whose gradients hardly agree with themselves."""
+        return [task for task, own in (self.agreement or {}).items() if own < AGREES]
 
     @property
     def _range(self) -> range:

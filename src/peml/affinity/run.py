@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from peml.affinity.clusters import cluster
 from peml.affinity.measure import measure
-from peml.affinity.record import Affinity, Rows
+from peml.affinity.record import AGREES, Affinity, Rows
 from peml.errors import PemlError
 from peml.methods import WHERE
 from peml.picture import draw_affinity
@@ -130,7 +130,10 @@ def find_affinity(
     if ahead is not None and not all(isfinite(gain) for row in ahead for gain in row):
         raise PemlError("a loss behind a look-ahead step is no number: give a shorter step")
     nothing = cluster([[1.0] * len(names)] * len(names), names, 1)
-    whole = Affinity(names, mean, spread, blocks, ahead, how.by, nothing, settings, rounded, bill, found.depths)
+    agreement = None if found.agreement is None else dict(zip(names, found.agreement.tolist(), strict=True))
+    whole = Affinity(
+        names, mean, spread, blocks, ahead, how.by, nothing, settings, rounded, bill, found.depths, agreement
+    )
     return replace(whole, clustering=cluster(whole.matrix, names, how.clusters))
 
 
@@ -167,6 +170,16 @@ def show_affinity(found: Affinity, console: Console) -> None:
     scores = ", ".join(f"{value:.2f} of {n}" for n, value in own.scores.items())
     chosen = f"score {own.score:.2f}" if own.score is not None else "no score for this number of clusters"
     console.print(chosen + (f"; silhouette {scores} clusters" if scores else ""), highlight=False)
+    if found.agreement is not None:
+        own_cosines = ", ".join(f"{task} {value:.2f}" for task, value in found.agreement.items())
+        console.print(f"agreement of two halves of the batches: {own_cosines}", highlight=False)
+    if found.by_chance():
+        console.print(
+            f"below {AGREES:g}, as of {', '.join(found.by_chance())}, affinities are mostly chance: more --batches or "
+            "--rows",
+            style="yellow",
+            highlight=False,
+        )
     spent = found.seconds
     console.print(
         f"{spent['total']:.0f} s: warm-up {spent['warmup']:.0f} s, measurement {spent['measurement']:.0f} s",
