@@ -31,7 +31,7 @@ def settings(by: str) -> dict[str, Any]:
 
 def work(folder: Path, name: str, more: dict[str, Any]) -> None:
     """Train with every rule, in batches of one task each, so that processes have different ones, and some in mixed ones."""
-    from peml.training import train
+    from peml.regimes import train
     from peml.training.recipe import Recipe
 
     plain = {"optim": "sgd", "max_grad_norm": 0.0, "max_steps": 4, "logging_steps": 1, "learning_rate": 0.02}

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peml.training import train
+from peml.regimes import train
 from peml.training.recipe import Recipe
 from peml.training.trainer import MultiTaskTrainer
 

@@ -10,9 +10,10 @@ import peml
 from models import TASKS, adapt, tiny, tokens
 from peml import PemlError
 from peml.evaluation import ablate, ablation_record, parts_there, read_parts
+from peml.regimes import train
 from peml.tasks import suite_tasks
 from peml.training import RunFolder
-from peml.training.run import open_run, train
+from peml.training.run import open_run
 from test_heads import batch, built
 from workshop import write_recipe
 

@@ -17,7 +17,8 @@ from peml import PemlError, PrefixNAS
 from peml.export import to_peft_prompt
 from peml.inspection import inspect_folder
 from peml.prompts import Architecture, AttentionSlot, ModelShape
-from peml.training import load_recipe, open_run, train
+from peml.regimes import train
+from peml.training import load_recipe, open_run
 from workshop import recipe, write_recipe
 
 SLOTS = (AttentionSlot(2, 3), AttentionSlot(1, 5), AttentionSlot(2, 3))

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from balance_worker import CASES, RULES, settings, work
 from peml import LoRA, MTLLoRA, PemlConfig, PemlError, PrefixNAS
 from peml.balance import BALANCES, Equal
-from peml.training import RunFolder, train
+from peml.regimes import train
+from peml.training import RunFolder
 from peml.training.balancing import STATE, Balancer
 from peml.training.data import TaskRows
 from peml.training.gradients import TaskGradients, conflicts, rows_of

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from peml.errors import PemlError
-from peml.training import RunFolder, open_run, train
+from peml.regimes import train
+from peml.training import RunFolder, open_run
 from peml.training.recipe import Recipe
 from peml.training.trainer import MultiTaskTrainer
 from workshop import recipe, write_model

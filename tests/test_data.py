@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from peml.training import open_run, train
+from peml.regimes import train
+from peml.training import open_run
 from peml.training.recipe import Recipe
 
 pytestmark = pytest.mark.data

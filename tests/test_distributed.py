@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import peml
 from peml.affinity import Affinity
-from peml.training import RunFolder, train
+from peml.regimes import train
+from peml.training import RunFolder
 from workshop import recipe, write_model, write_recipe
 
 

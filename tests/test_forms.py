@@ -30,6 +30,7 @@ import peml
 from peml import PemlError
 from peml.evaluation import evaluate_tasks, generate_answers
 from peml.evaluation.scoring import log_likelihoods
+from peml.regimes import train
 from peml.tasks import Example
 from peml.tasks.encode_heads import encode_heads
 from peml.tasks.encode_seq2seq import encode_seq2seq, encode_seq2seq_choices
@@ -38,7 +39,7 @@ from peml.training.folder import RunFolder
 from peml.training.loss import balanced, by_task, row_counts, row_losses
 from peml.training.probing import INVERSE_STRENGTHS, probe_heads
 from peml.training.recipe import load_recipe
-from peml.training.run import open_run, train
+from peml.training.run import open_run
 from peml.training.trainer import MultiTaskTrainer
 from peml.training.workbench import form_of, prepare
 from workshop import recipe, rows, tiny_tokenizer

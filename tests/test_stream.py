@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from peml.training import RunFolder, train
+from peml.regimes import train
+from peml.training import RunFolder
 from peml.training.recipe import Recipe
 from peml.training.trainer import MultiTaskTrainer
 from stream_worker import DIES, SAVED, STEPS

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from peml import PemlError
+from peml.regimes import train
 from peml.training.recipe import load_recipe
-from peml.training.run import train
 from peml.training.streaming import StreamedRows, training_rows
 from peml.training.workbench import prepare
 from workshop import recipe, rows, write_model, write_rows

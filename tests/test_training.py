@@ -18,8 +18,9 @@ from peml import LoRA, MTLLoRA, PemlConfig, PemlError
 from peml.bank import BankLinear
 from peml.inspection import inspect_folder
 from peml.mixing import Mixing
+from peml.regimes import train
 from peml.tasks.encode import IGNORED
-from peml.training import RunFolder, load_recipe, open_run, train
+from peml.training import RunFolder, load_recipe, open_run
 from peml.training.data import Collator
 from peml.training.loss import LossMeter, balanced, by_task, row_counts, row_losses
 from peml.training.recipe import Recipe

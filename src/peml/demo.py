@@ -18,12 +18,12 @@ from peml.evaluation import average
 from peml.inspection import architecture_view
 from peml.methods import match_params, method, trainable_parameters
 from peml.prompts import Architecture
+from peml.regimes import train
 from peml.tasks import suite_tasks
 from peml.training.folder import RunFolder
 from peml.training.progress import progress_bar
 from peml.training.recipe import Recipe
 from peml.training.record import environment
-from peml.training.run import train
 from peml.training.workbench import TOY_MODEL, load_base, prepare
 
 METHODS = ("lora", "lora+prefix", "mtl-lora", "peml")

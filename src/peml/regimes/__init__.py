@@ -14,24 +14,16 @@ from peml.regimes.grow import grow, grown_recipe
 from peml.regimes.retrain import retrain
 from peml.regimes.sequential import sequential
 from peml.training.folder import RunFolder
+from peml.training.launch import Launch
 from peml.training.recipe import Recipe, load_recipe
-from peml.training.run import train as joint
+from peml.training.run import joint
 from peml.training.workbench import Workbench
 
 
 class Regime(Protocol):
     """What trains a recipe."""
 
-    def __call__(
-        self,
-        recipe: Recipe,
-        output: Path,
-        *,
-        resume: bool,
-        overwrite: bool,
-        console: Console | None,
-        workbench: Workbench | None,
-    ) -> RunFolder:
+    def __call__(self, recipe: Recipe, launch: Launch) -> RunFolder:
         """Train, and write the run's folder."""
 
 
@@ -77,9 +69,7 @@ def train(
     name = Path(recipe).stem if isinstance(recipe, str | Path) else "run"
     recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
     folder = Path(output or recipe.train.get("output_dir") or Path("runs") / name).expanduser()
-    return REGIMES[recipe.how.name](
-        recipe, folder, resume=resume, overwrite=overwrite, console=console, workbench=workbench
-    )
+    return REGIMES[recipe.how.name](recipe, Launch(folder, resume, overwrite, console, workbench))
 
 
 __all__ = ["REGIMES", "again_recipe", "grown_recipe", "train"]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from rich.console import Console
 from torch import Tensor
 
 from peml.attached import HOST
@@ -19,22 +17,15 @@ from peml.regimes.stages import Part, in_turn
 from peml.training.data import TaskRows
 from peml.training.distillation import Distillation
 from peml.training.folder import RunFolder
+from peml.training.launch import Launch
 from peml.training.recipe import MixingSection, Recipe
 from peml.training.regime import DistilThenAdapt
 from peml.training.run import Stage
-from peml.training.workbench import Workbench, load_base, prepare
+from peml.training.workbench import load_base, prepare
 from peml.tuner import PemlModel
 
 
-def distil_then_adapt(
-    recipe: Recipe,
-    output: Path,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    console: Console | None = None,
-    workbench: Workbench | None = None,
-) -> RunFolder:
+def distil_then_adapt(recipe: Recipe, launch: Launch) -> RunFolder:
     """Train a multitask prompt in three stages, each a run of its own below `stages/`, the last one the run itself.
 
     0. Teachers: one prompt per source task, by plain prompt tuning.
@@ -49,11 +40,7 @@ def distil_then_adapt(
 
     Args:
         recipe: whose regime has sources, targets, and what is different in the first two stages.
-        output: folder of the run.
-        resume: go on where an interrupted run stopped, in whichever stage.
-        overwrite: replace a run that lies there.
-        console: where progress is shown; None: nowhere.
-        workbench: only its model and tokenizer are used.
+        launch: where, and what is there already; of a workbench only model and tokenizer are used.
 
     Raises:
         PemlError: bad input, before anything is written; or a stage that diverged.
@@ -63,7 +50,8 @@ def distil_then_adapt(
 
     def prepared(folder: RunFolder) -> dict[str, Part]:
         stages = _recipes(recipe, how)
-        base = load_base(recipe) if workbench is None else (workbench.tokenizer, workbench.model)
+        held = launch.workbench
+        base = load_base(recipe) if held is None else (held.tokenizer, held.model)
         # The rows of all stages first: the last one should not fail after hours in the others.
         benches = {name: prepare(stage, base=base) for name, stage in stages.items()}
         for bench in benches.values():
@@ -79,7 +67,7 @@ def distil_then_adapt(
         }
         return {name: Part(stages[name], bench, Stage(begin=begins[name])) for name, bench in benches.items()}
 
-    return in_turn(recipe, output, prepared, resume=resume, overwrite=overwrite, console=console)
+    return in_turn(recipe, launch, prepared)
 
 
 def _recipes(recipe: Recipe, how: DistilThenAdapt) -> dict[str, Recipe]:

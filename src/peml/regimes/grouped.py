@@ -8,7 +8,6 @@ from typing import Any, cast
 import yaml
 from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, PeftModel
-from rich.console import Console
 
 from peml.affinity import Affinity, How, find_affinity, show_affinity, write_affinity
 from peml.config import PemlConfig
@@ -16,36 +15,26 @@ from peml.errors import PemlError
 from peml.groups import cluster_of, read_groups
 from peml.training.folder import RunFolder, write_text
 from peml.training.grouping import Grouped, RetrainCluster
+from peml.training.launch import Launch
 from peml.training.recipe import Recipe, load_recipe, validated
-from peml.training.run import Stage, attach, check_same_recipe, load_adapter, train
+from peml.training.run import Stage, attach, check_same_recipe, joint, load_adapter
 from peml.training.workbench import Workbench, prepare
 from peml.tuner import PemlModel
 
 
-def grouped(
-    recipe: Recipe,
-    output: Path,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    console: Console | None = None,
-    workbench: Workbench | None = None,
-) -> RunFolder:
+def grouped(recipe: Recipe, launch: Launch) -> RunFolder:
     """Choose groups of tasks, by hand or by affinity, and train one adapter with them jointly.
 
     `one_plus_n`: every cluster has an adapter set of its own in all layers (CGC-LoRA's 1 + N, arXiv:2402.01684).
     `progressive`: all tasks share the lower layers, clusters the middle ones, and every task has its own at the top
     (Progressive Task-specific Adaptation, arXiv:2509.19602, which is about vision; thirds of the depth are our choice).
     Our choice: all groups are trained side by side, in mixed batches, in which a group gets gradients of its own rows
-    alone; and they begin afresh, not as copies of the adapter that affinity was measured on.
+    alone; and they begin afresh, not as copies of the adapter that affinity was measured on. Where clusters are found,
+    `affinity.json` and `affinity.svg` lie in the run's folder, and a run that goes on measures nothing again.
 
     Args:
         recipe: whose regime says the clusters, or how they are found.
-        output: folder of the run; `affinity.json` and `affinity.svg` lie in it where clusters were found.
-        resume: go on where an interrupted run stopped; affinity that was measured is not measured again.
-        overwrite: replace a run that lies there.
-        console: where progress is shown; None: nowhere.
-        workbench: model and rows that are loaded already.
+        launch: where, and what is there already.
 
     Raises:
         PemlError: bad input, before anything is written; or a training that diverged.
@@ -54,17 +43,15 @@ def grouped(
     assert isinstance(how, Grouped)
     if isinstance(how.clusters, list):
         stage = Stage(attach=lambda bench: attach(bench.model, bench.config()))
-        return train(
-            recipe, output, resume=resume, overwrite=overwrite, console=console, workbench=workbench, stage=stage
-        )
-    folder = RunFolder(output)
+        return joint(recipe, launch, stage)
+    folder, console, resume = launch.folder, launch.console, launch.resume
     arguments = recipe.training_arguments(str(folder.checkpoints))
     main, wait = arguments.process_index == 0, arguments.distributed_state.wait_for_everyone
-    folder.check(resume=resume, overwrite=overwrite)
+    folder.check(resume=resume, overwrite=launch.overwrite)
     names = [task.name for task in recipe.build_tasks()]
     if resume:
         check_same_recipe(recipe, folder)
-    bench = workbench or prepare(recipe)
+    bench = launch.workbench or prepare(recipe)
     bench.check()
     known = folder.affinity if resume and folder.affinity.exists() else None
     given = known or (None if how.clusters == "auto" else Path(how.clusters))
@@ -77,7 +64,7 @@ def grouped(
     (chosen,) = broadcast_object_list([how.levels(found.between, names)])
     levels = read_groups(chosen, names, "regime.clusters")
     if main and known is None:
-        folder.create(overwrite=overwrite)
+        folder.create(overwrite=launch.overwrite)
         write_text(folder.recipe, recipe.to_yaml())
         write_affinity(found, folder.path)
     wait()
@@ -93,27 +80,15 @@ def grouped(
     own = how.clusters == "auto"
     stages = {"affinity": {"train_seconds": found.seconds["total"], "bill": found.bill}} if own else {}
     stage = Stage(attach=attached, begin=lambda model: None, record={"stages": stages})
-    return train(recipe, folder.path, resume=True, console=console, workbench=bench, stage=stage)
+    return joint(recipe, Launch(folder.path, resume=True, console=console, workbench=bench), stage)
 
 
-def retrain_cluster(
-    recipe: Recipe,
-    output: Path,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    console: Console | None = None,
-    workbench: Workbench | None = None,
-) -> RunFolder:
+def retrain_cluster(recipe: Recipe, launch: Launch) -> RunFolder:
     """Start one cluster of a finished run afresh and train it alone; outputs of the others stay, bit for bit.
 
     Args:
         recipe: of all tasks; its regime names the run and the cluster.
-        output: folder of the new run; the old one is left alone.
-        resume: go on from the last complete checkpoint in the folder.
-        overwrite: replace a run that lies there.
-        console: where progress is shown; None: nowhere.
-        workbench: model and rows that are loaded already.
+        launch: where, and what is there already.
 
     Raises:
         PemlError: bad input, before anything is written; or no group has these tasks alone.
@@ -121,7 +96,7 @@ def retrain_cluster(
     how = recipe.how
     assert isinstance(how, RetrainCluster)
     source = RunFolder.existing(how.run)
-    if Path(output).resolve() == source.path.resolve():
+    if launch.output.resolve() == source.path.resolve():
         raise PemlError(f"{source.path} is the run whose cluster is trained again: choose another --output")
 
     def attached(bench: Workbench) -> PeftModel:
@@ -132,7 +107,7 @@ def retrain_cluster(
         return model
 
     stage = Stage(attach=attached, tasks=how.tasks, fresh=how.tasks)
-    return train(recipe, output, resume=resume, overwrite=overwrite, console=console, workbench=workbench, stage=stage)
+    return joint(recipe, launch, stage)
 
 
 def again_recipe(run: str | Path, task: str) -> Recipe:

@@ -7,28 +7,20 @@ from typing import Any, cast
 
 import yaml
 from peft import PeftModel
-from rich.console import Console
 
 from peml.errors import PemlError
 from peml.training.folder import RunFolder
+from peml.training.launch import Launch
 from peml.training.recipe import Recipe, load_recipe, read_yaml, validated
 from peml.training.regime import DistilThenAdapt, Grow
-from peml.training.run import Stage, load_adapter, train
+from peml.training.run import Stage, joint, load_adapter
 from peml.training.workbench import Workbench
 from peml.tuner import PemlModel
 
 _ALLOWED = ("tasks", "train", "mixing", "balance")
 
 
-def grow(
-    recipe: Recipe,
-    output: Path,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    console: Console | None = None,
-    workbench: Workbench | None = None,
-) -> RunFolder:
+def grow(recipe: Recipe, launch: Launch) -> RunFolder:
     """Add tasks to the adapter of a finished run, and train them.
 
     With `freeze: shared` only what belongs to the new tasks alone is trained, on their rows alone: the outputs of the
@@ -37,11 +29,7 @@ def grow(
 
     Args:
         recipe: of all tasks; its regime names the run that is grown and the tasks that are new.
-        output: folder of the new run; the old one is left alone.
-        resume: go on from the last complete checkpoint in the folder.
-        overwrite: replace a run that lies there.
-        console: where progress is shown; None: nowhere.
-        workbench: model and rows that are loaded already.
+        launch: where, and what is there already.
 
     Raises:
         PemlError: bad input, before anything is written; or an adapter whose parameters are all shared.
@@ -49,22 +37,14 @@ def grow(
     how = recipe.how
     assert isinstance(how, Grow)
     source = RunFolder.existing(how.run)
-    if Path(output).resolve() == source.path.resolve():
+    if launch.output.resolve() == source.path.resolve():
         raise PemlError(f"{source.path} is the run that is grown: choose another --output")
     stage = Stage(
         attach=lambda bench: _attached(bench, source, how),
         tasks=how.trained([task.name for task in recipe.build_tasks()]),
         fresh=how.tasks,
     )
-    return train(
-        recipe,
-        output,
-        resume=resume,
-        overwrite=overwrite,
-        console=console,
-        workbench=workbench,
-        stage=stage,
-    )
+    return joint(recipe, launch, stage)
 
 
 def _attached(bench: Workbench, source: RunFolder, how: Grow) -> PeftModel:

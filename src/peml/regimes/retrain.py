@@ -6,26 +6,18 @@ import dataclasses
 from pathlib import Path
 
 from peft import PeftModel
-from rich.console import Console
 
 from peml.prompts import Architecture, PrefixNAS
 from peml.regimes.stages import Part, in_turn
 from peml.training.folder import RunFolder
+from peml.training.launch import Launch
 from peml.training.recipe import Recipe
 from peml.training.run import Stage, attach
 from peml.training.streaming import training_rows
 from peml.training.workbench import Workbench, prepare
 
 
-def retrain(
-    recipe: Recipe,
-    output: Path,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    console: Console | None = None,
-    workbench: Workbench | None = None,
-) -> RunFolder:
+def retrain(recipe: Recipe, launch: Launch) -> RunFolder:
     """Train jointly with a search, throw the weights away, and train a fresh adapter with the architecture.
 
     Paper: DARTS, arXiv:1806.09055, section 2.4, retrains what it has found. Our choice: all steps again, with the same
@@ -33,18 +25,14 @@ def retrain(
 
     Args:
         recipe: of both stages.
-        output: folder of the run.
-        resume: go on where an interrupted run stopped, in either stage.
-        overwrite: replace a run that lies there.
-        console: where progress is shown; None: nowhere.
-        workbench: model and rows that are loaded already.
+        launch: where, and what is there already.
 
     Raises:
         PemlError: bad input, before anything is written; or a stage that diverged.
     """
 
     def prepared(folder: RunFolder) -> dict[str, Part]:
-        bench = workbench or prepare(recipe)
+        bench = launch.workbench or prepare(recipe)
         training_rows(bench)
         bench.check()
         found = RunFolder(folder.stages / "search").architecture
@@ -54,7 +42,7 @@ def retrain(
             "training": Part(recipe, bench, Stage(attach=lambda bench: _with(bench, found), begin=lambda model: None)),
         }
 
-    return in_turn(recipe, output, prepared, resume=resume, overwrite=overwrite, console=console)
+    return in_turn(recipe, launch, prepared)
 
 
 def _with(bench: Workbench, found: Path) -> PeftModel:

@@ -4,39 +4,30 @@ from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from rich.console import Console
 
 from peml.errors import PemlError
 from peml.mixing import MixtureSampler
 from peml.regimes.stages import Part, in_turn
 from peml.training.data import TaskRows
 from peml.training.folder import RunFolder
+from peml.training.launch import Launch
 from peml.training.recipe import Recipe
 from peml.training.regime import Sequential
 from peml.training.run import Stage, attach
 from peml.training.streaming import StreamedRows, training_rows
-from peml.training.workbench import Workbench, prepare
+from peml.training.workbench import prepare
 
 FROZEN = {"prompt": ("prompt", "architecture"), "adapter": ("adapter", "other")}
 """Parts of an axis, as `PemlModel.parts` calls them; what `modules_to_save` names goes with the adapter."""
 
 
-def sequential(
-    recipe: Recipe,
-    output: Path,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    console: Console | None = None,
-    workbench: Workbench | None = None,
-) -> RunFolder:
+def sequential(recipe: Recipe, launch: Launch) -> RunFolder:
     """Train one axis, freeze it, and train the other; both together make as many steps as a joint training.
 
     Paper: the ablation of PEML, arXiv:2605.14055, "parallel beats sequential"; how it was done is not known. Our
@@ -46,11 +37,7 @@ def sequential(
 
     Args:
         recipe: whose regime says the order, and the first axis's share of the steps.
-        output: folder of the run.
-        resume: go on where an interrupted run stopped, in either stage.
-        overwrite: replace a run that lies there.
-        console: where progress is shown; None: nowhere.
-        workbench: model and rows that are loaded already.
+        launch: where, and what is there already.
 
     Raises:
         PemlError: bad input, before anything is written; or a stage that diverged.
@@ -61,7 +48,7 @@ def sequential(
     lengths = _lengths(recipe, how.split)
 
     def prepared(folder: RunFolder) -> dict[str, Part]:
-        bench = workbench or prepare(recipe)
+        bench = launch.workbench or prepare(recipe)
         _check_rows(recipe, training_rows(bench))
         bench.check()
         alone = bench.config()
@@ -85,7 +72,7 @@ def sequential(
             ),
         }
 
-    return in_turn(recipe, output, prepared, resume=resume, overwrite=overwrite, console=console)
+    return in_turn(recipe, launch, prepared)
 
 
 def _check_rows(recipe: Recipe, rows: TaskRows) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from peml.attached import HOOKS
 from peml.training.folder import RunFolder, write_text
+from peml.training.launch import Launch
 from peml.training.recipe import Recipe
-from peml.training.run import Stage, check_same_recipe, train
+from peml.training.run import Stage, check_same_recipe, joint
 from peml.training.workbench import Workbench
 
 _COST = (
@@ -44,36 +42,25 @@ class Part:
     stage: Stage
 
 
-def in_turn(
-    recipe: Recipe,
-    output: Path,
-    prepared: Callable[[RunFolder], Mapping[str, Part]],
-    *,
-    resume: bool,
-    overwrite: bool,
-    console: Console | None,
-) -> RunFolder:
+def in_turn(recipe: Recipe, launch: Launch, prepared: Callable[[RunFolder], Mapping[str, Part]]) -> RunFolder:
     """Run stages one after the other; those that are finished already are left as they are.
 
     Args:
         recipe: of the whole.
-        output: folder of the run.
+        launch: where, and what is there already.
         prepared: reads and checks what all stages need, before anything is written; called with the run's folder.
-        resume: go on where an interrupted run stopped, in whichever stage.
-        overwrite: replace a run that lies there.
-        console: where progress is shown; None: nowhere.
 
     Raises:
         PemlError: bad input, before anything is written; or a stage that diverged.
     """
-    folder = RunFolder(output)
+    folder, resume, overwrite, console = launch.folder, launch.resume, launch.overwrite, launch.console
     arguments = recipe.training_arguments(str(folder.checkpoints))
     main, wait = arguments.process_index == 0, arguments.distributed_state.wait_for_everyone
     folder.check(resume=resume, overwrite=overwrite)
     if resume:
         check_same_recipe(recipe, folder)
         if folder.finished:
-            return train(recipe, output, resume=True, console=console, stage=Stage())
+            return joint(recipe, Launch(launch.output, resume=True, console=console))
     parts = prepared(folder)
     wait()
     if main and not (resume and folder.is_run):
@@ -88,7 +75,7 @@ def in_turn(
             record = {"stages": bill} if last else {}
             stage = replace(part.stage, label=name, end=lambda model: model.unload(), record=record)
             try:
-                train(part.recipe, run.path, resume=run.is_run, console=console, workbench=part.bench, stage=stage)
+                joint(part.recipe, Launch(run.path, resume=run.is_run, console=console, workbench=part.bench), stage)
             except BaseException:
                 # The base model is the caller's, and was plain.
                 hooks = part.bench.model.__dict__.get(HOOKS)

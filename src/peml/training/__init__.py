@@ -3,7 +3,7 @@
 from peml.training.data import Collator, TaskRows
 from peml.training.folder import RunFolder
 from peml.training.recipe import Recipe, load_recipe
-from peml.training.run import open_adapter, open_run, train
+from peml.training.run import open_adapter, open_run
 from peml.training.search import SearchCallback
 from peml.training.trainer import MultiTaskTrainer
 
@@ -17,5 +17,4 @@ __all__ = [
     "load_recipe",
     "open_adapter",
     "open_run",
-    "train",
 ]

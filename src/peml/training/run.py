@@ -26,53 +26,36 @@ from peml.training.bill import peak_memory
 from peml.training.data import Collator, TaskRows
 from peml.training.distillation import Distillation
 from peml.training.folder import RunFolder, write_text
+from peml.training.launch import Launch
 from peml.training.predictions import packed
 from peml.training.probing import probe_heads
 from peml.training.progress import Patience, RunLog, progress_bar
 from peml.training.recipe import Recipe, load_recipe
 from peml.training.record import draw_search, record_of, write_architecture
-from peml.training.regime import Bilevel, Joint
+from peml.training.regime import Bilevel
 from peml.training.streaming import training_rows
 from peml.training.trainer import MultiTaskTrainer
 from peml.training.workbench import Workbench, load_base, prepare
 
 
-def train(
-    recipe: Recipe | str | Path,
-    output: str | Path | None = None,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    console: Console | None = None,
-    workbench: Workbench | None = None,
-    stage: Stage | None = None,
-) -> RunFolder:
+def joint(recipe: Recipe, launch: Launch, stage: Stage | None = None) -> RunFolder:
     """Train one adapter jointly on the tasks of a recipe and write its run folder.
 
     Args:
-        recipe: a recipe or the path of one.
-        output: folder of the run; default `train.output_dir`, else `runs/` and the recipe's name.
-        resume: go on from the last complete checkpoint in the folder.
-        overwrite: replace a run that lies there.
-        console: where progress is shown; None: nowhere.
-        workbench: model and rows that are loaded already; its model gets the adapter.
+        recipe: of the training.
+        launch: where, and what is there already.
         stage: what a regime of several stages wants otherwise.
 
     Raises:
         PemlError: bad input, before anything is written; or a training that diverged, before its adapter is.
     """
-    name = Path(recipe).stem if isinstance(recipe, str | Path) else "run"
-    recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
-    folder = RunFolder(output or recipe.train.get("output_dir") or Path("runs") / name)
-    if stage is None and not isinstance(recipe.how, Joint | Bilevel):
-        raise PemlError(f"this trains jointly, and the recipe's regime is {recipe.how.name}: call peml.train")
-    stage = stage or Stage()
+    folder, stage, resume, overwrite = launch.folder, stage or Stage(), launch.resume, launch.overwrite
     # The folder keeps the recipe of the whole; a stage may train on other terms.
     ours = recipe.model_copy(update={"train": {**recipe.train, **stage.train}})
     arguments = ours.training_arguments(str(folder.checkpoints))
     # Under `accelerate launch` all processes read and compute, and one writes.
     main, wait = arguments.process_index == 0, arguments.distributed_state.wait_for_everyone
-    console = console if console is not None and main else Console(quiet=True)
+    console = launch.console if launch.console is not None and main else Console(quiet=True)
     folder.check(resume=resume, overwrite=overwrite)
     if resume:
         check_same_recipe(recipe, folder)
@@ -80,7 +63,7 @@ def train(
             console.print("this run is finished: there is nothing to resume")
             return folder
     with console.status("reading rows, loading the model"):
-        bench = workbench or prepare(recipe, trained=stage.tasks)
+        bench = launch.workbench or prepare(recipe, trained=stage.tasks)
         rows = training_rows(bench)
         shortened = {"training": rows.truncated(), "evaluation": bench.check()}
         set_seed(recipe.seed)
