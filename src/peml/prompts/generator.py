@@ -154,7 +154,10 @@ class PrefixGenerator(Prefix):
 
     def _notice_that_nobody_leads(self) -> None:
         """Warn, once, where a loop trains the search and never says how far it is."""
-        if self._unled is None or not (self.training and self.searching and torch.is_grad_enabled()):
+        # A counter inside of a compiled graph would have it compiled anew.
+        if self._unled is None or torch.compiler.is_compiling():
+            return
+        if not (self.training and self.searching and torch.is_grad_enabled()):
             return
         self._unled += 1
         if self._unled == UNLED:
