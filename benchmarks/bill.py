@@ -7,28 +7,18 @@ round, whose own ratio shows how far the speed of the machine moved meanwhile.
 
 from __future__ import annotations
 
-import json
 import statistics
-from argparse import ArgumentParser
 from pathlib import Path
 
-import torch
-
-from benchmarks.record import environment
-from benchmarks.search import RESULTS, SUITES, Comparison
+from benchmarks.search import SUITES, Comparison, suite_parser, write_table
 
 ALONE = "PEML's architecture, trained anew"
 NAMES = {"searched": "search + training", "silent": "the same, `measure_gap: false`", "again": "alone, again (A/A)"}
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m benchmarks.bill", description=__doc__.splitlines()[0])
-    parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("--data", help="folder with GLUE's files, as docs/tasks.md names them")
-    parser.add_argument("--model", help="folder or Hub id of the encoder")
-    parser.add_argument("--work", default="runs/bill", help="folder for the runs")
+    parser = suite_parser("bill", __doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of each training")
     options = parser.parse_args()
     suite = SUITES[options.suite](options)
     quiet = suite | {"train": {**suite["train"], "measure_gap": False}}
@@ -49,10 +39,9 @@ def main() -> None:
         ratios = [a / b for a, b in zip(seconds[key], below, strict=True)]
         lines.append(f"| {name} | {statistics.median(ratios):.3f} | {', '.join(f'{ratio:.3f}' for ratio in ratios)} |")
     steps, text = suite["train"]["max_steps"], "\n".join(lines)
-    head = f"# The bill of a search, {options.suite} tasks\n\nSeconds of {steps} steps, {options.rounds} rounds.\n\n"
-    (RESULTS / f"bill-{options.suite}.md").write_text(f"{head}{text}\n", encoding="utf-8")
-    record = environment(torch.get_num_threads()) | {"steps": steps, "seconds": seconds}
-    (RESULTS / f"bill-{options.suite}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    head = f"Seconds of {steps} steps, {options.rounds} rounds.\n\n"
+    record = {"steps": steps, "seconds": seconds}
+    write_table(f"bill-{options.suite}", f"The bill of a search, {options.suite} tasks", f"{head}{text}", record)
     print(text)
 
 

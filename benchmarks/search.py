@@ -236,15 +236,28 @@ def table(rows: Sequence[Mapping[str, Any]], against: str = "PEML") -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = ArgumentParser(prog="python -m benchmarks.search", description=__doc__.splitlines()[0])
+def suite_parser(name: str, doc: str) -> ArgumentParser:
+    """The command line of a benchmark on one of the suites."""
+    parser = ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc.splitlines()[0])
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--data", help="folder with GLUE's files, as docs/tasks.md names them")
     parser.add_argument("--model", help="folder or Hub id of the encoder")
-    parser.add_argument("--work", default="runs/search", help="folder for the runs")
+    parser.add_argument("--work", default=f"runs/{name}", help="folder for the runs")
+    parser.add_argument("--steps", type=int, help="of each training")
+    return parser
+
+
+def write_table(name: str, title: str, text: str, record: Mapping[str, Any]) -> None:
+    """`NAME.md` and `NAME.json` among the results."""
+    (RESULTS / f"{name}.md").write_text(f"# {title}\n\n{text}\n", encoding="utf-8")
+    whole = environment(torch.get_num_threads()) | dict(record)
+    (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = suite_parser("search", __doc__)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, metavar="WAY")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of each training")
     parser.add_argument("--tune", type=int, default=0, metavar="N", help="trials of each row's learning rates")
     parser.add_argument("--remark", default="", help="put below the table")
     options = parser.parse_args()
@@ -258,14 +271,13 @@ def main() -> None:
     text = table(rows)
     steps = comparison.suite["train"]["max_steps"]
     head = (
-        f"# Search on the {options.suite} tasks\n\n{steps} steps, seeds 0 to {options.seeds - 1}; mean and spread. "
+        f"{steps} steps, seeds 0 to {options.seeds - 1}; mean and spread. "
         f"Learning rates: {f'{options.tune} trials for each row' if options.tune else 'the same for all rows'}.\n\n"
     )
     remark = f"\n\n{options.remark}" if options.remark else ""
-    name = f"search-{options.suite}"
-    (RESULTS / f"{name}.md").write_text(f"{head}{text}{remark}\n", encoding="utf-8")
-    record = environment(torch.get_num_threads()) | {"steps": steps, "seeds": options.seeds, "rows": rows}
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {"steps": steps, "seeds": options.seeds, "rows": rows}
+    title = f"Search on the {options.suite} tasks"
+    write_table(f"search-{options.suite}", title, f"{head}{text}{remark}", record)
     print(text)
 
 

@@ -7,16 +7,12 @@ rates are those of the suite for all.
 
 from __future__ import annotations
 
-import json
 import statistics
-from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.record import environment, spread
-from benchmarks.search import RESULTS, SUITES, WAYS, Comparison
+from benchmarks.record import spread
+from benchmarks.search import SUITES, WAYS, Comparison, suite_parser, write_table
 from peml.training import Recipe, RunFolder
 
 HERE, ELSEWHERE = "PEML's architecture, trained anew", "the other half's architecture"
@@ -47,13 +43,8 @@ def scores(work: Path, suite: dict[str, Any], seeds: range, trials: int) -> list
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m benchmarks.transfer", description=__doc__.splitlines()[0])
-    parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("--data", help="folder with GLUE's files, as docs/tasks.md names them")
-    parser.add_argument("--model", help="folder or Hub id of the encoder")
-    parser.add_argument("--work", default="runs/transfer", help="folder for the runs")
+    parser = suite_parser("transfer", __doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of each training")
     parser.add_argument("--tune", type=int, default=0, metavar="N", help="trials of each row's learning rates")
     options = parser.parse_args()
     suite = SUITES[options.suite](options)
@@ -64,11 +55,10 @@ def main() -> None:
         lines.append(f"| {way} | {' | '.join(spread(values) for values in (*(half[way] for half in found), both))} |")
     text = "\n".join(lines)
     steps = suite["train"]["max_steps"]
-    head = f"# Transfer of an architecture, {options.suite} tasks\n\n{steps} steps, {options.seeds} seeds.\n\n"
-    name = f"transfer-{options.suite}"
-    (RESULTS / f"{name}.md").write_text(f"{head}{text}\n", encoding="utf-8")
-    record = environment(torch.get_num_threads()) | {"steps": steps, "seeds": options.seeds, "halves": found}
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    head = f"{steps} steps, {options.seeds} seeds.\n\n"
+    record = {"steps": steps, "seeds": options.seeds, "halves": found}
+    title = f"Transfer of an architecture, {options.suite} tasks"
+    write_table(f"transfer-{options.suite}", title, f"{head}{text}", record)
     print(text)
 
 
