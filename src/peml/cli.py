@@ -20,6 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from peml.cli_affinity import affinity, transfer
+from peml.cli_evaluate import evaluate
+from peml.cli_report import scores_table
 from peml.cli_tasks import tasks_app
 from peml.cli_use import export, generate, serve
 from peml.errors import PemlError
@@ -31,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(tasks_app, name="tasks")
+app.command()(evaluate)
 app.command()(export)
 app.command()(serve)
 app.command()(generate)
@@ -80,7 +83,7 @@ def train(
         output = output or Path(what.train.get("output_dir") or Path("runs") / recipe.stem)
     folder = regimes.train(what, output, resume=resume, overwrite=overwrite, console=console)
     metrics = folder.read_metrics()
-    console.print(_scores(metrics, [when for when in ("before", "after") if when in metrics]))
+    console.print(scores_table(metrics, [when for when in ("before", "after") if when in metrics]))
     count = sum(metrics["parameters"].values())
     if "kept" in metrics:
         kept = metrics["kept"]
@@ -92,35 +95,6 @@ def train(
         f"run in {escape(str(folder.path))}"
     )
     console.print(bill_line(metrics["bill"]), highlight=False)
-
-
-@app.command()
-def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Folder that `peml train` wrote.")],
-    ablate: Annotated[
-        str, typer.Option(help="Also measure without parts: prompt, adapter, both, several with commas, or all.")
-    ] = "",
-) -> None:
-    """Measure a run on every task."""
-    from peml.cli_report import contributions_table
-    from peml.evaluation import ablate as without
-    from peml.evaluation import ablation_record, parts_there, read_parts
-    from peml.training.folder import RunFolder
-    from peml.training.progress import progress_bar
-    from peml.training.run import open_run
-
-    named = read_parts(ablate)
-    bench, model = open_run(folder)
-    tuner: Any = model.base_model
-    parts = parts_there(named, tuner.config_in_force)
-    with progress_bar(console) as progress:
-        results = without(tuner, lambda: bench.evaluate(model, progress), parts)
-    record = ablation_record(results, bench.tasks)
-    run = RunFolder.existing(folder)
-    run.write_json(run.evaluation, record)
-    console.print(_scores(record, list(results)))
-    if parts:
-        console.print(contributions_table(record["contributions"]))
 
 
 @app.command()
@@ -243,26 +217,6 @@ def demo(
     results = run_demo(output, steps, seed, Console(quiet=True) if as_json else console)
     if as_json:
         print(json.dumps(results, indent=2))
-
-
-def _scores(metrics: dict[str, Any], columns: list[str]) -> Table:
-    table = Table("task", "metric")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for task, scores in metrics[columns[-1]].items():
-        others = [value for metric, value in scores.items() if metric not in ("n", "loss", "score")]
-        # Of a task with one metric that counts, the score is that metric.
-        hidden = ("n", "score") if scores.get("score") in others else ("n",)
-        for metric in scores:
-            if metric not in hidden:
-                cells = [f"{metrics[column][task][metric]:.3f}" for column in columns]
-                table.add_row(escape(f"{task} (n {scores['n']:.0f})"), metric, *cells)
-    table.add_section()
-    suites = metrics.get("suites", {})
-    for suite in suites.get(columns[-1], {}):
-        table.add_row(escape(suite), "suite", *[f"{suites[c][suite]:.3f}" for c in columns])
-    table.add_row("average", "score", *[f"{metrics['average'][c]:.3f}" for c in columns], style="bold")
-    return table
 
 
 INTERRUPTED = 130

@@ -1,11 +1,12 @@
-"""What `peml tasks check` and `peml evaluate --ablate` print."""
+"""What `peml train`, `peml evaluate` and `peml tasks check` print."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -41,6 +42,53 @@ def show_report(report: Report, show: int, console: Console) -> None:
     count = sum(len(task.problems) for task in report.tasks)
     found = "no problem" if not count else "1 problem" if count == 1 else f"{count:,} problems"
     console.print(f"{good:,} good rows, {found}", style="bold" if not count else "bold red", highlight=False)
+
+
+def scores_table(metrics: Mapping[str, Any], columns: Sequence[str]) -> Table:
+    """Every metric of every task, then averages.
+
+    Args:
+        metrics: `metrics.json`, or a record of `peml.evaluation.ablation_record`.
+        columns: keys of it, such as `before` and `after`; the last one has all tasks.
+    """
+    table = Table("task", "metric")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for task, scores in metrics[columns[-1]].items():
+        others = [value for metric, value in scores.items() if metric not in ("n", "loss", "score")]
+        # Of a task with one metric that counts, the score is that metric.
+        hidden = ("n", "score") if scores.get("score") in others else ("n",)
+        for metric in scores:
+            if metric not in hidden:
+                cells = [f"{metrics[column][task][metric]:.3f}" for column in columns]
+                table.add_row(escape(f"{task} (n {scores['n']:.0f})"), metric, *cells)
+    table.add_section()
+    suites = metrics.get("suites", {})
+    for suite in suites.get(columns[-1], {}):
+        table.add_row(escape(suite), "suite", *[f"{suites[c][suite]:.3f}" for c in columns])
+    table.add_row("average", "score", *[f"{metrics['average'][c]:.3f}" for c in columns], style="bold")
+    return table
+
+
+def harness_table(results: Mapping[str, Any]) -> Table:
+    """What lm-eval has found: every metric of every task and group, under its own names.
+
+    Args:
+        results: of `peml.harness.measure_run`.
+    """
+    table = Table("task", "shots", "metric", "filter")
+    for word in ("value", "standard error"):
+        table.add_column(word, justify="right")
+    for task, values in {**results["results"], **results.get("groups", {})}.items():
+        shots = results.get("n-shot", {}).get(task, "")
+        for key, value in values.items():
+            metric, comma, kept = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            error = values.get(f"{metric}_stderr,{kept}")
+            numbers = [f"{number:.4f}" if isinstance(number, float) else "" for number in (value, error)]
+            table.add_row(Text(task), str(shots), metric, kept, *numbers)
+    return table
 
 
 def contributions_table(contributions: Mapping[str, Any]) -> Table:

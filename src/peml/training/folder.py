@@ -30,8 +30,9 @@ class RunFolder:
     """Names of a run's files.
 
     `recipe.yaml` (resolved), `adapter/` (PEFT's), `metrics.json`, `log.jsonl`, `checkpoints/`; `predictions.json`, what
-    was answered to every evaluation row; `architecture.json` and its pictures where one was searched; `affinity.json`
-    and its picture where clusters were found; and `stages/`, the runs of a regime's earlier stages.
+    was answered to every evaluation row; `evaluation.json` and `harness.json`, what was measured later, by us and
+    by lm-eval; `architecture.json` and its pictures where one was searched; `affinity.json` and its picture where
+    clusters were found; and `stages/`, the runs of a regime's earlier stages.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -41,7 +42,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.json"
         self.log = self.path / "log.jsonl"
         self.checkpoints = self.path / "checkpoints"
-        self.evaluation = self.path / "evaluation.json"
+        self.evaluation, self.harness = self.path / "evaluation.json", self.path / "harness.json"
         self.predictions = self.path / "predictions.json"
         self.architecture = self.path / "architecture.json"
         self.picture, self.curves = self.path / "architecture.svg", self.path / "search.svg"
@@ -106,6 +107,7 @@ class RunFolder:
                 self.log,
                 self.recipe,
                 self.evaluation,
+                self.harness,
                 self.predictions,
                 self.architecture,
                 self.picture,
