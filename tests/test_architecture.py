@@ -212,8 +212,8 @@ def test_inspection_and_model_agree_on_what_stock_peft_can_hold(changes: dict, u
     model = adapt(tiny().float(), prompt=dataclasses.replace(SMALL, **settings), shaken=False, task_type="CAUSAL_LM")
     model.base_model.prompt.derive()
     model.save_pretrained(tmp_path / "adapter")
-    target = next(t for t in inspect_folder(tmp_path / "adapter").targets if t.name.startswith("stock prefix"))
-    assert target.possible == units, target.remark
+    found = inspect_folder(tmp_path / "adapter").exports["prefix"]
+    assert found.stops != units, found.text
     if units:
         to_peft_prompt(model, tmp_path / "stock")
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ from peft import PeftModel, get_peft_model, save_as_lora
 
 import peml
 from models import TASKS, adapt, shake, tiny, tokens
-from peml import PemlError
-from peml.export import export_targets, to_peft_prompt
+from peml.export import foreseen, lint
+from peml.export.stock import new_folder
 from peml.inspection import inspect_folder
 
 
@@ -21,7 +23,7 @@ from peml.inspection import inspect_folder
 @torch.no_grad()
 def test_the_stock_lora_of_a_task_equals_it(adapter: peml.adapters.AdapterConfig, tmp_path: Path) -> None:
     config = peml.PemlConfig(task_names=TASKS, adapter=adapter, task_type="CAUSAL_LM")
-    assert next(t for t in export_targets(config) if t.name == "stock LoRA adapter").possible
+    assert not foreseen(config)["lora"].stops
     base = tiny()
     model = get_peft_model(copy.deepcopy(base), config).double().eval()
     shake([p for p in model.parameters() if p.requires_grad], 0.2)
@@ -33,22 +35,19 @@ def test_the_stock_lora_of_a_task_equals_it(adapter: peml.adapters.AdapterConfig
     torch.testing.assert_close(stock(input_ids=batch).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def reasons(config: peml.PemlConfig, **known: object) -> dict[str, tuple[bool, str]]:
-    return {t.name: (t.possible, t.remark) for t in export_targets(config, **known)}  # type: ignore[arg-type]
-
-
-PREFIX, TOKENS = "stock prefix (PREFIX_TUNING, CARTRIDGE)", "stock tokens (PROMPT_TUNING)"
-
-
 def test_what_stands_in_the_way_is_named() -> None:
-    whole = reasons(peml.PemlConfig(task_names=["a"], adapter=peml.LoRA(), prompt=peml.PrefixNAS()))
-    assert not whole["merged checkpoint"][0] and not whole[PREFIX][0]
+    whole = foreseen(peml.PemlConfig(task_names=["a"], adapter=peml.LoRA(), prompt=peml.PrefixNAS()))
+    assert whole["merged"].stops and whole["prefix"].stops and not whole["kv"].stops
     alone = peml.PemlConfig(task_names=["a"], prompt=peml.PrefixTuning(4))
-    assert reasons(alone, lengths=(4,))[PREFIX][0]
-    assert "another length" in reasons(alone, lengths=(4, 3))[PREFIX][1]
-    assert reasons(alone)["stock LoRA adapter"] == (False, "there is no low-rank part")
+    assert foreseen(alone, lengths=(4,))["prefix"] == (False, "one for all tasks")
+    assert "another length" in foreseen(alone, lengths=(4, 3))["prefix"].text
+    assert foreseen(alone)["lora"] == (
+        True,
+        "its prompt would be lost, which folds into no weights: use --to prefix, or --to kv",
+    )
     searched = peml.PemlConfig(task_names=["a"], prompt=peml.PrefixNAS())
-    assert "gates" in reasons(searched, lengths=(4, 4))[PREFIX][1]
+    assert "gates" in foreseen(searched, lengths=(4, 4))["prefix"].text
+    assert "search" in foreseen(searched, lengths=(4, 4), searching=True)["kv"].text
 
 
 NAS: dict[str, Any] = {
@@ -59,33 +58,38 @@ PLAIN: dict[str, Any] = {"gate_after": "unit", "gate_threshold": 0.0, "gate_init
 """A search that ends with ordinary tokens."""
 
 
+BOTH, KV, LOW = {"prefix", "kv"}, {"kv"}, {"lora", "merged"}
+
+
 @pytest.mark.parametrize(
-    ("adapter", "prompt", "state", "prefix", "at_input"),
+    ("adapter", "prompt", "state", "possible"),
     [
-        (None, peml.PrefixTuning(2), None, True, False),
-        (None, peml.PrefixTuning(2, per_task=True), None, True, False),
-        (None, peml.PrefixTuning(2, prefix_projection=True, encoder_hidden_size=3), None, True, False),
-        (None, peml.PrefixTuning((2, 1)), None, False, False),
-        (None, peml.PrefixTuning(2, gated=True), None, True, False),
-        (None, peml.PrefixNAS(**NAS, **PLAIN), None, False, False),
-        (None, peml.PrefixNAS(**NAS, **PLAIN), "derived", True, False),
-        (None, peml.PrefixNAS(**NAS, **PLAIN), "collapsed", True, False),
-        (None, peml.PrefixNAS(**NAS, **PLAIN | {"gate_init": 2.0}), "derived", False, False),
-        (None, peml.PrefixNAS(**NAS, **PLAIN | {"gate_init": 2.0}), "collapsed", False, False),
-        (None, peml.PrefixNAS(**NAS, gate_threshold=0.0), "derived", False, False),
-        (None, peml.PrefixNAS(**NAS, gate_threshold=0.0), "collapsed", False, False),
-        (None, peml.PromptTuning(2), None, True, True),
-        (None, peml.PromptTuning(2, per_task=True), None, True, True),
-        (None, peml.MultitaskPrompt(2), None, True, True),
-        (None, peml.MultitaskPrompt(2, deep=True), None, True, False),
-        (None, peml.Attempt(2), None, False, False),
-        (peml.LoRA(r=2), peml.PrefixTuning(2), None, False, False),
-        (peml.LoRA(r=2), peml.PromptTuning(2), None, False, False),
-        (peml.LoRA(r=2), None, None, False, False),
+        (None, peml.PrefixTuning(2), None, BOTH),
+        (None, peml.PrefixTuning(2, per_task=True), None, BOTH),
+        (None, peml.PrefixTuning(2, prefix_projection=True, encoder_hidden_size=3), None, BOTH),
+        (None, peml.PrefixTuning((2, 1)), None, KV),
+        (None, peml.PrefixTuning(2, gated=True), None, BOTH),
+        (None, peml.PrefixNAS(**NAS, **PLAIN), None, set()),
+        (None, peml.PrefixNAS(**NAS, **PLAIN), "derived", BOTH),
+        (None, peml.PrefixNAS(**NAS, **PLAIN), "collapsed", BOTH),
+        (None, peml.PrefixNAS(**NAS, **PLAIN | {"gate_init": 2.0}), "derived", KV),
+        (None, peml.PrefixNAS(**NAS, **PLAIN | {"gate_init": 2.0}), "collapsed", KV),
+        (None, peml.PrefixNAS(**NAS, gate_threshold=0.0), "derived", KV),
+        (None, peml.PrefixNAS(**NAS, gate_threshold=0.0), "collapsed", KV),
+        (None, peml.PromptTuning(2), None, BOTH),
+        (None, peml.PromptTuning(2, per_task=True), None, BOTH),
+        (None, peml.MultitaskPrompt(2), None, BOTH),
+        (None, peml.MultitaskPrompt(2, deep=True), None, BOTH),
+        (None, peml.Attempt(2), None, set()),
+        (peml.LoRA(r=2), peml.PrefixTuning(2), None, BOTH),
+        (peml.LoRA(r=2), peml.PrefixTuning((2, 1)), None, KV),
+        (peml.LoRA(r=2), None, None, LOW),
+        (peml.MTLLoRA(r=2), None, None, LOW),
+        (peml.HydraLoRA(r=2), None, None, set()),
     ],
 )
-def test_what_is_said_of_prompts_is_what_happens(
-    adapter: Any, prompt: Any, state: str | None, prefix: bool, at_input: bool, tmp_path: Path
+def test_what_is_said_of_an_adapter_is_what_its_export_says(
+    adapter: Any, prompt: Any, state: str | None, possible: set[str], tmp_path: Path
 ) -> None:
     """On a rotary model: `inspect` reads files alone and knows of no base."""
     model = adapt(tiny(), adapter, prompt)
@@ -94,12 +98,29 @@ def test_what_is_said_of_prompts_is_what_happens(
     if state == "collapsed":
         model.base_model.collapse_prompt()
     model.save_pretrained(tmp_path / "adapter")
-    said = {target.name: target.possible for target in inspect_folder(tmp_path / "adapter").targets}
-    task = "rte" if prompt is not None and prompt.needs_task else None
-    for name, kind, expected in ((PREFIX, "prefix_tuning", prefix), (TOKENS, "prompt_tuning", at_input)):
-        assert said[name] == expected
-        if expected:
-            to_peft_prompt(model, tmp_path / kind, task, kind=kind)
-        else:
-            with pytest.raises(PemlError):
-                to_peft_prompt(model, tmp_path / kind, task, kind=kind)
+    said = inspect_folder(tmp_path / "adapter").exports
+    assert {form for form, finding in said.items() if not finding.stops} == possible
+    for form, finding in said.items():
+        assert finding.stops == any(each.stops for each in lint(model.base_model, form)), (form, finding)
+
+
+def test_what_a_killed_export_leaves_goes_with_the_next(tmp_path: Path) -> None:
+    """But not what another process is writing, or has never been an export's."""
+    folder, other = tmp_path / "lora[1]", tmp_path / ".lora[1].7"
+    other.mkdir()
+    with pytest.raises(KeyError), new_folder(folder) as temporary:
+        # What would be there if the process had no time to clean up.
+        left = temporary.with_name(f"{temporary.name}1")
+        shutil.copytree(temporary, left)
+        (left / "half").write_text("")
+        raise KeyError
+    assert left.exists() and not temporary.exists()
+    with new_folder(folder) as temporary:
+        assert not left.exists()
+        at_work = temporary.with_name(f"{temporary.name}2")
+        os.replace(temporary, at_work)  # as if it were another process's
+        with new_folder(folder) as second:
+            assert second != at_work and at_work.exists()
+        shutil.rmtree(folder)
+        os.replace(at_work, temporary)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, folder.name]

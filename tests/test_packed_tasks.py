@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -97,9 +98,9 @@ def test_requests_of_different_tasks_share_a_batch(kind: str, family: str) -> No
         model.generate(torch.tensor([ids]), tasks=task, **plain)[0, len(ids) :].tolist() for task, ids in requests
     ]
     assert batched(model, requests, new) == wanted
-    with model.base_model.prompt_kept():
+    with model.base_model.kept():
         assert batched(model, requests, new) == wanted
-    assert model.base_model._kept_prompt is None
+    assert model.base_model._kept is None
 
 
 @torch.no_grad()
@@ -108,7 +109,7 @@ def test_a_kept_prompt_is_computed_once() -> None:
     model, (texts, row) = made("soft, per task"), packed()
     wanted, seen = model(**row).logits, []
     layer = model.base_model.model.model.layers[0]
-    with model.base_model.prompt_kept():
+    with model.base_model.kept():
         layer.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[:2])))
         torch.testing.assert_close(model(**row).logits, wanted)
         assert seen == [(1, sum(LENGTHS))]
@@ -120,6 +121,40 @@ def test_a_kept_prompt_is_computed_once() -> None:
         with pytest.raises(PemlError, match="a prompt per task: pass tasks="):
             model(input_ids=texts[0])
     assert not torch.allclose(model(**row).logits, wanted)
+
+
+@pytest.mark.parametrize("adapter", [peml.LoRA(r=2), peml.MTLLoRA(r=2), peml.SingleTaskLoRA(r=2)])
+@torch.no_grad()
+def test_what_is_kept_fits_every_route(adapter: Any) -> None:
+    """Rows of one token, many enough to be sorted by their prefix, whose tasks change from call to call."""
+    model = adapt(tiny(), adapter, peml.PrefixTuning(8, per_task=True))
+    ids, calls = (
+        tokens(64, 1),
+        [["rte"] * 40 + ["sst2"] * 24, ["sst2"] * 40 + ["rte"] * 24, "cola", ["cola", "rte"] * 32],
+    )
+    wanted = [model(input_ids=ids, tasks=tasks).logits for tasks in calls]
+    with model.base_model.kept():
+        for tasks, logits in zip(calls, wanted, strict=True):
+            torch.testing.assert_close(model(input_ids=ids, tasks=tasks).logits, logits)
+        found = model.base_model._kept.prepared
+        # One entry for q, k, v, one for gate and up, two more, in each of the layers; none where the bank differs.
+        assert found is None if isinstance(adapter, peml.SingleTaskLoRA) else len(found) % 4 == 0 < len(found)
+        with model.base_model.ablated("both"):
+            assert not torch.allclose(model(input_ids=ids, tasks="rte").logits, wanted[2])
+        torch.testing.assert_close(model(input_ids=ids, tasks=calls[0]).logits, wanted[0])
+
+
+def test_gradients_inside_are_those_outside() -> None:
+    model = adapt(tiny(), peml.MTLLoRA(r=2), None)
+    found, ids = [], tokens(2, 4)
+    for kept in (False, True):
+        model.zero_grad()
+        with model.base_model.kept() if kept else nullcontext():
+            model(input_ids=ids, tasks=["rte", "sst2"]).logits.square().sum().backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0] and found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad)
 
 
 def test_a_prompt_made_from_the_text_is_not_batched() -> None:

@@ -283,6 +283,12 @@ def open_adapter_task(model: Any) -> Any:
         ("/v1/completions", {"model": "size"}, 400, "give `prompt`, or `fields`"),
         ("/v1/completions", {"model": "size", "prompt": "red", "temperature": 3}, 400, "temperature: Input should be less"),
         ("/v1/completions", {"model": "size", "prompt": "red", "echo": True}, 400, "`echo` is not supported"),
+        ("/v1/completions", {"model": "size", "prompt": "red", "frequency_penalty": 1}, 400, "`frequency_penalty` is not"),
+        ("/v1/completions", {"model": "size", "prompt": "red", "top_k": -2}, 400, "top_k: Input should be greater"),
+        ("/v1/completions", {"model": "size", "prompt": "red", "typical_p": 0.5}, 400, "`typical_p` is not supported"),
+        ("/v1/chat/completions", {"model": "size", "messages": [{"role": "user", "content": "a"}], "tools": [{}]}, 400,
+         "`tools` is not supported"),
+        ("/v1/classify", {"model": "size", "input": "red", "temperature": 1}, 400, "temperature: Extra inputs are not"),
         ("/v1/completions", {"model": "size", "prompt": "red", "max_tokens": 41}, 400, "writes 40 at most"),
         ("/v1/completions", {"model": "size", "prompt": "red " * 60}, 400, "together more than 64"),
         ("/v1/completions", {"model": "size", "prompt": [5, 99]}, 400, "ids go from 0 to"),
@@ -306,6 +312,18 @@ def test_mistakes(server: Server, path: str, body: Any, status: int, says: str) 
     # Asked as a stream it is refused in the same way, before anything is sent.
     if isinstance(body, dict) and "prompt" in body and status == 400:
         assert server.call("POST", path, body | {"stream": True})[0] == status
+
+
+def test_what_changes_nothing_is_taken(server: Server) -> None:
+    asked = {"model": "size", "prompt": "red", "max_tokens": 2}
+    same = {"user": "me", "store": True, "echo": False, "tools": [], "presence_penalty": 0.0, "logit_bias": None,
+            "response_format": {"type": "text"}, "best_of": 1, "metadata": {"a": "b"}}  # fmt: skip
+    status, body = server.post("/v1/completions", **asked, **same)
+    assert status == 200 and body["choices"] == server.post("/v1/completions", **asked)[1]["choices"]
+    # Of one token there is nothing to draw, whatever the temperature.
+    drawn = server.post("/v1/completions", **asked, temperature=2.0, top_k=1)[1]
+    assert drawn["choices"] == server.post("/v1/completions", **asked, temperature=2.0, min_p=1.0)[1]["choices"]
+    assert drawn["choices"] == body["choices"]
 
 
 def test_a_body_of_unknown_length_is_bounded(server: Server) -> None:

@@ -24,25 +24,30 @@ from peml.training import load_recipe
 from workshop import write_recipe
 
 
-def naive(scores: list[float], temperature: float, top_p: float) -> list[float]:
-    """Probabilities by loops: the likeliest tokens until their share is reached."""
-    weights = [math.exp(score / temperature) for score in scores]
-    shares = [weight / sum(weights) for weight in weights]
-    kept, total = set(), 0.0
-    for index in sorted(range(len(shares)), key=lambda i: -shares[i]):
+def naive(scores: list[float], temperature: float, top_p: float, top_k: int, min_p: float) -> list[float]:
+    """Probabilities by loops: of the likeliest few those that reach the share, without the unlikely among them."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])[: top_k if top_k > 0 else len(scores)]
+    weights = {i: math.exp(scores[i] / temperature) for i in order}
+    whole, kept, total = sum(weights.values()), [], 0.0
+    for index in order:
         if total >= top_p:
             break
-        kept.add(index)
-        total += shares[index]
-    return [share / total if index in kept else 0.0 for index, share in enumerate(shares)]
+        kept.append(index)
+        total += weights[index] / whole
+    kept = [i for i in kept if weights[i] >= min_p * weights[order[0]]]
+    return [weights[i] / sum(weights[j] for j in kept) if i in kept else 0.0 for i in range(len(scores))]
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.7), (1.0, 0.05), (1.5, 0.999)])
-def test_draws_have_their_probabilities(temperature: float, top_p: float) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k", "min_p"),
+    [(1.0, 1.0, 0, 0.0), (0.5, 1.0, -1, 0.0), (2.0, 0.7, 0, 0.0), (1.0, 0.05, 0, 0.0), (1.5, 0.999, 0, 0.0),
+     (2.0, 1.0, 3, 0.0), (2.0, 1.0, 9, 0.0), (2.0, 1.0, 0, 0.4), (2.0, 0.8, 4, 0.5), (1.0, 1.0, 1, 1.0)],
+)  # fmt: skip
+def test_draws_have_their_probabilities(temperature: float, top_p: float, top_k: int, min_p: float) -> None:
     scores = torch.tensor([1.0, -0.5, 0.3, 2.0, -1.0])
-    how, count = Sampling(temperature, top_p, seed=0), 4000
+    how, count = Sampling(temperature, top_p, top_k, min_p, seed=0), 4000
     drawn = torch.bincount(torch.tensor([choose(scores, how) for _ in range(count)]), minlength=5) / count
-    wanted = naive(scores.tolist(), temperature, top_p)
+    wanted = naive(scores.tolist(), temperature, top_p, top_k, min_p)
     for found, share in zip(drawn.tolist(), wanted, strict=True):
         # Five standard deviations; a token outside the share is never drawn.
         assert abs(found - share) <= 5 * math.sqrt(share * (1 - share) / count) + 1e-12

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -241,8 +242,15 @@ def test_the_column_may_have_another_name(tmp_path) -> None:
 
 @needs_trl
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
-def test_packed_rows_carry_a_task_per_token(strategy: str, tmp_path) -> None:
-    parts = {"adapter": peml.MTLLoRA(r=2), "prompt": peml.PrefixTuning(3)}
+@pytest.mark.parametrize(
+    "prompt",
+    [peml.PrefixTuning(3), peml.PrefixTuning(3, per_task=True, gated=True), peml.PromptTuning(2),
+     peml.PromptTuning(2, per_task=True), peml.MultitaskPrompt(2)],
+    ids=["prefix", "prefix per task", "tokens", "tokens per task", "mpt"],
+)  # fmt: skip
+def test_packed_rows_carry_a_task_per_token(prompt: Any, strategy: str, tmp_path) -> None:
+    """Of an adapter and a prompt that differ by task: the loss and its gradients are those of the rows by themselves."""
+    parts = {"adapter": peml.MTLLoRA(r=2), "prompt": prompt}
     model, rows = adapted(tuple(TASKS), **parts), some_rows()
     twin = copy.deepcopy(model)
     changes = {"packing": True, "packing_strategy": strategy, "per_device_train_batch_size": 9}
@@ -274,10 +282,6 @@ def test_what_cannot_be_routed_is_refused(tmp_path) -> None:
         multi_task(tmp_path, model, bare)
     with pytest.raises(PemlError, match="unknown task 'shape' in column 'task'; this adapter has size, color"):
         multi_task(tmp_path, model, [*rows, {**rows[0], "task": "shape"}])
-    through_tasks = adapted(tuple(TASKS), adapter=peml.MTLLoRA(r=2), prompt=peml.PromptTuning(2))
-    for differing in (model, through_tasks):
-        with pytest.raises(PemlError, match="a prompt that differs by task, .* cannot serve rows that pack"):
-            multi_task(tmp_path, differing, rows, packing=True)
     with pytest.raises(PemlError, match="Attempt makes its prompt from the text before the answer"):
         multi_task(tmp_path, adapted(tuple(TASKS), prompt=peml.Attempt(2, num_sources=1)), rows)
     with pytest.raises(PemlError, match="'wrapped' lets texts of different tasks see each other"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -39,10 +40,10 @@ class Attached(BaseTuner):
     @property
     def adapter_in_force(self) -> str | None:
         """Name of the active adapter, as the layers have it: transformers' `set_adapter` tells only them."""
-        for module in self.model.modules():
-            if isinstance(module, BankLinear | PromptHost | HeadHost):
-                return module.active_adapters[0] if module.active_adapters else None
-        return None
+        # Asked several times in every forward: not by a walk over the model.
+        layers: Iterator[Any] = itertools.chain(self._banks(), (self._prompt_host(), self._head_host()))
+        layer = next((layer for layer in layers if layer is not None), None)
+        return layer.active_adapters[0] if layer is not None and layer.active_adapters else None
 
     @property
     def config_in_force(self) -> PemlConfig | None:

@@ -96,10 +96,10 @@ class BankLinear(nn.Module, BaseTunerLayer):
         """The adapter in force, or None if it is disabled, merged, or elsewhere in the model."""
         if self._disable_adapters or self.merged_adapters:
             return None
-        names = self.active_adapters
         # Past the module's attribute look-up, which is slow and asked for several times in every call.
+        names: Any = self._active_adapter
         adapters: Any = self._modules["peml_adapter"]
-        return adapters._modules.get(names[0]) if names else None
+        return adapters._modules.get(names if isinstance(names, str) else names[0]) if names else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`W x + b` plus the update of each row's task."""
@@ -127,6 +127,14 @@ class BankLinear(nn.Module, BaseTunerLayer):
             core = shared(adapter, adapter.core(adapter.core_tensors(), route, x))
         if route is not None and route.per_token and core.shape[0] == 1:
             core = core.expand(x.shape[0], *[-1] * (core.ndim - 1))
+        return self._branch(adapter, core, route, dtype)
+
+    def branch_of_all(self, adapter: Adapter, dtype: torch.dtype, every: Route) -> Branch:
+        """The same with a core for each task there is."""
+        route = every.to(device_of(self.base_layer)) if adapter.needs_task else None
+        return self._branch(adapter, shared(adapter, adapter.core(adapter.core_tensors(), route)), route, dtype)
+
+    def _branch(self, adapter: Adapter, core: Tensor, route: Route | None, dtype: torch.dtype) -> Branch:
         down, up = adapter.bank(route)
         weight, bias = self._frozen(dtype)
         return Branch(weight, bias, down, up, core, adapter.diagonal)
@@ -158,6 +166,16 @@ class BankLinear(nn.Module, BaseTunerLayer):
         if route.per_token and given[1] != x.shape[1]:
             raise PemlError(f"`tasks=` has a task for {given[1]} tokens per row but rows have {x.shape[1]}")
         return route.to(x.device)
+
+    def tasks(self, x: Tensor, forward: Forward) -> Tensor:
+        """The task of every row or token of an input, in a row."""
+        adapter = self.active()
+        assert adapter is not None
+        route = self._route(adapter, x, forward)
+        assert route is not None
+        ids = route.expand(route.ids, x.shape[0])
+        # One row may stand for all, unless it tells tokens apart.
+        return (ids.expand(x.shape[0], -1) if route.per_token else ids).reshape(-1)
 
     @torch.no_grad()
     def fold(self, adapter_name: str, task: int | None = None) -> tuple[Tensor, Tensor]:
@@ -287,6 +305,25 @@ def stands_alone(layer: BankLinear) -> bool:
     return resident(adapter) and not layer.quantized and layer._frozen(layer.base_layer.weight.dtype)[0] is not None
 
 
+def lasting(layers: Sequence[BankLinear], every: Route) -> bool:
+    """Whether what layers need for a batch can be computed ahead for all tasks, whichever it has.
+
+    Not where the core reads the input, or the bank holds the rows of the tasks present alone: all of them at once
+    would cost every batch what the tasks cost together.
+    """
+    for layer in layers:
+        adapter = layer.active()
+        if adapter is None:
+            continue
+        if adapter.reads_input or not stands_alone(layer):
+            return False
+        if adapter.needs_task:
+            one, all_ = (route.to(device_of(layer.base_layer)) for route in (Route.of_ids([0]), every))
+            if any(a.shape != b.shape for a, b in zip(adapter.bank(one), adapter.bank(all_), strict=True)):
+                return False
+    return True
+
+
 def group_siblings(model: nn.Module) -> None:
     """Tell the layers of a model which of them read one input."""
     for path, parent in model.named_modules():
@@ -336,9 +373,17 @@ def _together(layers: tuple[BankLinear, ...], x: Tensor, forward: Forward | None
     if forward is not None and forward.knows(layers):
         prepared = forward.prepared[layers]  # type: ignore[index]
         if prepared.down.dtype == dtype:
+            if prepared.by_task:
+                prepared = prepared.of(layers[0].tasks(x, forward))
             return [(y, None) for y in run(prepared, x.to(dtype))[0]]
     adapters = [adapter for layer in layers if (adapter := layer.active()) is not None]
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        if forward is not None and forward.every is not None and not torch.is_grad_enabled():
+            every, pairs = forward.every, zip(layers, adapters, strict=True)
+            ready = prepare([layer.branch_of_all(a, dtype, every) for layer, a in pairs], dtype)
+            assert forward.prepared is not None
+            forward.prepared[layers] = ready._replace(by_task=any(own[3] is not None for own in ready.layers))
+            return _together(layers, x, forward)
         branches = [layer.branch(a, x, dtype, forward) for layer, a in zip(layers, adapters, strict=True)]
         dropout = max(a.lora_dropout for a in adapters) if layers[0].training else 0.0
         *outputs, hidden = low_rank(x.to(dtype), branches, dropout)

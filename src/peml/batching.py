@@ -32,7 +32,7 @@ def route_steps(manager: Any, tasks_of: TaskOf, routed: Callable[[Tasks], Abstra
     Args:
         manager: of transformers, before it is started.
         tasks_of: asked in the thread of the steps.
-        routed: opens a route for the forwards inside.
+        routed: opens what the forward inside needs of these tasks.
     """
 
     def step() -> None:

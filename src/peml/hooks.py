@@ -8,7 +8,8 @@ so that a deep copy of the model gets its own.
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import Context
 from dataclasses import replace
 from typing import Any, Protocol
@@ -49,9 +50,6 @@ class Opener(Protocol):
 
     def answer(self, forward: Forward, output: Any, mask: Tensor | None) -> Any:
         """A model's output, with the logits of the heads if there are any."""
-
-    def routed(self, tasks: Tasks) -> AbstractContextManager[None]:
-        """Route every forward in the block."""
 
     def reads_apart(self) -> bool:
         """Whether the texts of a pair are to be read apart."""
@@ -206,7 +204,7 @@ class ForwardHooks:
             manager = self.originals["init_continuous_batching"](*args, **kwargs)
         manager.continuous_batching_config = unshared(manager.continuous_batching_config, tasks_of is not None)
         if tasks_of is not None:
-            route_steps(manager, tasks_of, self.opener.routed)
+            route_steps(manager, tasks_of, self._step_of)
         if not hosts:
             return manager
         create = manager._create_batch_processor
@@ -217,6 +215,14 @@ class ForwardHooks:
 
         manager._create_batch_processor = create_batch_processor
         return manager
+
+    @contextmanager
+    def _step_of(self, tasks: Tasks) -> Iterator[None]:
+        """A step of continuous batching, resolved once for what the model's own hook would ask again."""
+        with torch.no_grad():
+            forward = self.opener.open_forward(tasks, None)
+        with routing.opened(replace(forward, prefix=forward.prefix or {})):
+            yield
 
     def _check_packing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse texts packed into one row where the model would let them see each other."""

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from peml.config import PemlConfig, part_to_dict
 from peml.errors import PemlError
-from peml.export import Target, export_targets
+from peml.export.lint import Finding, foreseen
 from peml.picture import draw, draw_traces, read_traces
 from peml.prompts import STRUCTURE, Architecture, PrefixNAS, PrefixTuning, architecture_in
 from peml.training.folder import WEIGHTS, RunFolder, check_adapter, size_of, write_text
@@ -35,7 +35,7 @@ class Inspection:
         parameters: trained numbers by part.
         architecture: of a searched prefix.
         lengths: prefix tokens per attention layer.
-        targets: where it can be exported to.
+        exports: what its files say of each format of `peml export`.
         bytes: size on disk.
         metrics: `metrics.json` of the run, if the folder is that of a run.
     """
@@ -45,7 +45,7 @@ class Inspection:
     parameters: dict[str, int]
     architecture: Architecture | None
     lengths: tuple[int, ...] | None
-    targets: list[Target]
+    exports: dict[str, Finding]
     bytes: int
     metrics: dict[str, Any]
 
@@ -80,7 +80,7 @@ def inspect_folder(path: str | Path) -> Inspection:
         parameters=dict(parameters),
         architecture=architecture,
         lengths=lengths,
-        targets=export_targets(config, lengths, unit, architecture is not None and not architecture.derived),
+        exports=foreseen(config, lengths, unit, architecture is not None and not architecture.derived),
         bytes=size_of(folder),
         metrics=metrics,
     )
@@ -156,9 +156,9 @@ def show(found: Inspection, console: Console) -> None:
     for when, value in found.metrics.get("average", {}).items():
         table.add_row(f"average {when}", f"{value:.3f}")
     exports = Text()
-    for target in found.targets:
-        exports.append("yes  " if target.possible else "no   ", style="green" if target.possible else "red")
-        exports.append(f"{target.name}: {target.remark}\n")
+    for form, finding in found.exports.items():
+        exports.append("no   " if finding.stops else "yes  ", style="red" if finding.stops else "green")
+        exports.append(f"--to {form}: {finding.text}\n")
     exports.rstrip()
     table.add_row("export to", exports)
     console.print(table)

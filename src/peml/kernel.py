@@ -88,12 +88,21 @@ def swiglu(x: Tensor, gate: Branch, up: Branch, down: Branch, dropout: Sequence[
 class Prepared(NamedTuple):
     """Branches as `run` takes them: for each weight, bias, R, and core and `up` as `_fold` leaves them.
 
+    Args:
+        by_task: whether cores are those of all tasks, of which `of` chooses.
+
     Shapes:
         down: of all branches, `[sum of R, I]`, in the dtype of the computation.
     """
 
     down: Tensor
     layers: list[tuple[Tensor | None, Tensor | None, int, Tensor | None, Tensor]]
+    by_task: bool = False
+
+    def of(self, tasks: Tensor) -> Prepared:
+        """The same for rows or tokens of these tasks."""
+        layers = [(*own[:3], None if own[3] is None else own[3].index_select(0, tasks), own[4]) for own in self.layers]
+        return Prepared(self.down, layers)
 
 
 class _Plan(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,15 +13,26 @@ from torch import Tensor
 
 from peml.attached import Attached
 from peml.attention import PromptHost, evaluating, soft
+from peml.bank import lasting
 from peml.errors import PemlError
-from peml.prompts import Prefix, PrefixGenerator, ProjectedPrefix, Prompt, SoftPrompt, Texts, WordPromptConfig
+from peml.prompts import (
+    LayerPrefix,
+    Prefix,
+    PrefixGenerator,
+    ProjectedPrefix,
+    Prompt,
+    SoftPrompt,
+    Texts,
+    WordPromptConfig,
+)
 from peml.routing import Forward, Route
 
 
 class Prompting(Attached):
     """Adds prompts, and computes their keys and values."""
 
-    _kept_prompt: Forward | None = None
+    _kept: Forward | None = None
+    _last: tuple[Any, dict[int, LayerPrefix]] | None = None
 
     def _add_prompt(self, host: PromptHost, adapter_name: str, low_cpu_mem_usage: bool) -> None:
         config = self.peft_config[adapter_name]
@@ -72,8 +83,8 @@ class Prompting(Attached):
         if prompt is None:
             return forward
         route, config = forward.route, self._active_config()
-        kept = self._kept_prompt if host is not None and host.active() is self.prompt else None
-        if kept is not None:
+        kept = self._kept if prompt is self.prompt else None
+        if kept is not None and kept.prefix is not None and kept.adapter == forward.adapter:
             return self._from_kept(forward, kept)
         if prompt.needs_task and route is None:
             raise self._no_task()
@@ -103,27 +114,31 @@ class Prompting(Attached):
         return replace(forward, prefix=prefix, generated=True, by_row=prompt.reads_input, offset=offset)
 
     @contextmanager
-    def prompt_kept(self) -> Iterator[None]:
-        """Keys and values of every task are computed once, here, for all forwards inside the block, in all threads.
+    def kept(self) -> Iterator[None]:
+        """What no text changes is computed once, for all forwards inside the block, in all threads.
 
-        For serving: weights that change inside the block change nothing in the prefix. A prompt that is made from the
-        text, or goes through an encoder with it, is computed as ever.
+        Keys and values of every task, and what layers need of their banks and cores. For serving: the weights are not
+        to change inside the block. A prompt that is made from the text, or goes through an encoder with it, is
+        computed as ever, and so are layers whose bank is put together from the tasks present.
         """
-        config = self._active_config()
-        every = Route.of_ids(range(len(config.task_names))) if config.needs_task else None
+        config, layers = self._active_config(), self._banks()
+        all_tasks = Route.of_ids(range(len(config.task_names)))
+        every = all_tasks if config.needs_task else None
         prompt, host = self.prompt, self._prompt_host()
         reads = isinstance(prompt, SoftPrompt) and (
             prompt.reads_input or (host is not None and soft.sees_ahead(self.model, host))
         )
-        if prompt is not None and not reads:
-            with torch.no_grad(), evaluating(self.model):
-                self._kept_prompt = self.with_prefix(
-                    Forward(every, model=self.model, adapter=self.adapter_in_force, cores=self._cores(every)), None
-                )
+        with torch.no_grad():
+            forward = Forward(every, model=self.model, adapter=self.adapter_in_force, cores=self._cores(every))
+            if prompt is not None and not reads:
+                with evaluating(self.model):
+                    forward = self.with_prefix(forward, None)
+            ready = lasting(layers, all_tasks)
+        self._kept = replace(forward, prepared={} if ready else None, every=all_tasks if ready else None)
         try:
             yield
         finally:
-            self._kept_prompt = None
+            self._kept = self._last = None
 
     def _no_task(self) -> PemlError:
         names = ", ".join(self._active_config().task_names)
@@ -133,17 +148,15 @@ class Prompting(Attached):
         """A forward with its tasks' keys and values out of those of all."""
         assert kept.prefix is not None
         route, prefix = forward.route, kept.prefix
-        if kept.route is not None:
-            if route is None:
-                raise self._no_task()
-            chosen = list(route.present)
-            prefix = {
-                slot: layer
-                if layer.keys.shape[0] == 1
-                else layer._replace(keys=layer.keys[chosen], values=layer.values[chosen])
-                for slot, layer in prefix.items()
-            }
-        return replace(forward, prefix=prefix, offset=kept.offset)
+        if kept.route is None:
+            return replace(forward, prefix=prefix, offset=kept.offset)
+        if route is None:
+            raise self._no_task()
+        asked = route.present, route.per_token
+        if self._last is None or self._last[0] != asked:
+            # The tasks of a batch seldom change from step to step.
+            self._last = asked, {slot: _chosen(layer, *asked) for slot, layer in prefix.items()}
+        return replace(forward, prefix=self._last[1], offset=kept.offset)
 
     @contextmanager
     def prompted_by(self, prompt: Prompt) -> Iterator[None]:
@@ -192,3 +205,12 @@ class Prompting(Attached):
         table.requires_grad_(trained)
         assert self.adapter_in_force is not None
         host.peml_prompt[self.adapter_in_force] = table
+
+
+def _chosen(layer: LayerPrefix, tasks: Sequence[int], per_token: bool) -> LayerPrefix:
+    """The prefixes of some tasks out of those of all; side by side for rows that pack several."""
+    if layer.keys.shape[0] == 1:
+        return layer
+    keys, values = layer.keys[list(tasks)], layer.values[list(tasks)]
+    layer = layer._replace(keys=keys, values=values)
+    return layer.side_by_side() if per_token and len(tasks) > 1 else layer

@@ -191,6 +191,7 @@ class Forward:
         losses: where layers put losses on their features; None if the adapter has none, or does not train.
         handed: outputs that a layer has computed for its siblings, by group: what was read, output by layer.
         prepared: what layers keep from step to step of a `generate`, whose weights and tasks stay; None: nothing.
+        every: the route of all tasks, if what layers keep holds for each of them, not for the route alone.
         second: rows of the batch that are pairs whose second texts follow as further rows; None: none do.
         entered: opened by a hook as the batch entered, not by a `with` block around the call.
         before: what was open around it.
@@ -213,6 +214,7 @@ class Forward:
     losses: list[Tensor] | None = None
     handed: dict[Any, tuple[Any, dict[Any, Any]]] = field(default_factory=dict)
     prepared: dict[Any, Any] | None = None
+    every: Route | None = None
     second: Tensor | None = None
     entered: bool = False
     before: Forward | None = None

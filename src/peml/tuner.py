@@ -254,13 +254,16 @@ class PemlModel(Merging, Clusters):
         text: tuple[Tensor, Tensor | None] | None = None,
     ) -> Forward:
         """Resolve the route of a batch, and compute its cores and its prefix."""
-        route = self._route(tasks, rows)
+        route, name, kept = self._route(tasks, rows), self.adapter_in_force, self._kept
+        ready = kept is not None and kept.every is not None and kept.adapter == name and not torch.is_grad_enabled()
         forward = Forward(
             route,
             model=self.model,
-            adapter=self.adapter_in_force,
+            adapter=name,
             rows=rows,
-            cores=self._cores(route),
+            cores={} if ready else self._cores(route),
+            prepared=kept.prepared if ready and kept is not None else None,
+            every=kept.every if ready and kept is not None else None,
             mask=mask,
             losses=self._open_losses(route),
             apart=self._apart,

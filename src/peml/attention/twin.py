@@ -97,8 +97,8 @@ def attend(
     if prefix is None:
         return original(query, key, value, attention_mask, scaling=scaling, **kwargs)
 
-    prefix, owned = _side_by_side(prefix, query)
-    if owned is not None and implementation in APART:
+    prefix = _side_by_side(prefix)
+    if prefix.beside > 1 and implementation in APART:
         raise PemlError(
             "a prefix per task cannot serve rows that pack several tasks in this attention: give one task per row, or "
             'call set_attn_implementation("sdpa") or ("eager")'
@@ -111,7 +111,13 @@ def attend(
         key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
         call = partial(original, scaling=scaling)
         return APART[implementation](call, query, key, value, attention_mask, prefix.num_tokens, gate, kwargs)  # type: ignore[no-any-return]
-    if query.shape[2] == 1 and implementation == "sdpa" and plain and owned is None and not torch.is_grad_enabled():
+    if (
+        query.shape[2] == 1
+        and implementation == "sdpa"
+        and plain
+        and prefix.beside == 1
+        and not torch.is_grad_enabled()
+    ):
         tables, rows = _tables(prefix, query)
         return attend_one(query, key, value, attention_mask, scaling, tables, gate, rows)
 
@@ -126,10 +132,16 @@ def attend(
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = kwargs["position_bias"][..., :s]
         attention_mask = torch.ones(1, 1, s, p + s, dtype=torch.bool, device=query.device).tril(p)
-    elif attention_mask is not None:
-        attention_mask = F.pad(attention_mask, (p, 0), value=attention_mask.dtype == torch.bool)
-    if owned is not None:
-        attention_mask = _without_others(attention_mask, owned, query, key, as_scores=implementation == "eager")
+        attention_mask = _without_others(attention_mask, prefix, query)
+    elif paged is None:
+        attention_mask = _over_prefix(attention_mask, prefix, query, key, implementation)
+    else:
+        # Every step has a mask of its own, and a route, if any; its layers have one mask for all.
+        forward, at = routing.current(), (id(attention_mask), p, prefix.beside)
+        known = {} if forward is None or forward.route is None else forward.route.known
+        if at not in known:
+            known[at] = attention_mask, _over_prefix(attention_mask, prefix, query, key, implementation)
+        attention_mask = known[at][1]
     if kwargs.get("position_bias") is not None:
         kwargs["position_bias"] = F.pad(kwargs["position_bias"], (p, 0))
 
@@ -211,32 +223,37 @@ def _gather(prefix: LayerPrefix, query: Tensor, shared: bool) -> tuple[Tensor, T
     return keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
 
 
-def _side_by_side(prefix: LayerPrefix, query: Tensor) -> tuple[LayerPrefix, Tensor | None]:
-    """For rows that pack several tasks: their prefixes one beside the other, and which of the tokens each query owns.
-
-    Returns:
-        Keys and values `[1, H, G P, D]`, and `[B or 1, 1, S, G P]`; the prefix as it is, and None, for other rows.
-    """
+def _side_by_side(prefix: LayerPrefix) -> LayerPrefix:
+    """For rows that pack several tasks their prefixes one beside the other; for others the prefix as it is."""
     forward = routing.current()
-    groups, heads, tokens, size = prefix.keys.shape
-    if groups == 1 or forward is None or forward.by_row or forward.route is None or not forward.route.per_token:
-        return prefix, None
-    keys, values = (t.transpose(0, 1).reshape(1, heads, groups * tokens, size) for t in prefix[:2])
-    gate = None if prefix.log_gate is None else prefix.log_gate.repeat(groups)
-    owners = torch.arange(groups, device=query.device).repeat_interleave(tokens)
-    index = forward.route.groups(query.shape[0], query.device)
-    return LayerPrefix(keys, values, gate), (index[:, :, None] == owners)[:, None]
+    if prefix.beside > 1 or prefix.keys.shape[0] == 1 or forward is None or forward.by_row:
+        return prefix
+    return prefix.side_by_side() if forward.route is not None and forward.route.per_token else prefix
 
 
-def _without_others(mask: Tensor | None, owned: Tensor, query: Tensor, key: Tensor, as_scores: bool) -> Tensor:
+def _over_prefix(
+    mask: Tensor | None, prefix: LayerPrefix, query: Tensor, key: Tensor, implementation: str
+) -> Tensor | None:
+    """The mask over `[prefix; keys]`, or None if all is visible."""
+    if mask is not None:
+        mask = F.pad(mask, (prefix.num_tokens, 0), value=mask.dtype == torch.bool)
+    elif prefix.beside > 1:
+        # To the eager function a mask is something to add.
+        size, bools = (query.shape[2], prefix.num_tokens + key.shape[2]), implementation != "eager"
+        mask = torch.ones(1, 1, *size, dtype=torch.bool, device=query.device) if bools else query.new_zeros(1, 1, *size)
+    return mask if mask is None else _without_others(mask, prefix, query)
+
+
+def _without_others(mask: Tensor, prefix: LayerPrefix, query: Tensor) -> Tensor:
     """The mask over `[prefixes; keys]` in which nobody sees the prefix of another task."""
-    allowed = F.pad(owned, (0, key.shape[2]), value=True)
-    if mask is None and not as_scores:
-        return allowed
-    if mask is not None and mask.dtype == torch.bool:
-        return mask & allowed
-    mask = query.new_zeros(1, 1, 1, 1) if mask is None else mask
-    return mask.masked_fill(~allowed, torch.finfo(query.dtype).min)
+    if prefix.beside == 1:
+        return mask
+    forward, p = routing.current(), prefix.num_tokens
+    assert forward is not None and forward.route is not None
+    owners = torch.arange(prefix.beside, device=query.device).repeat_interleave(p // prefix.beside)
+    index = forward.route.groups(query.shape[0], query.device)
+    allowed = F.pad((index[:, :, None] == owners)[:, None], (0, mask.shape[-1] - p), value=True)
+    return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, torch.finfo(query.dtype).min)
 
 
 def _tables(prefix: LayerPrefix, query: Tensor) -> tuple[tuple[Tensor, Tensor], Sorted | None]:
@@ -248,8 +265,10 @@ def _tables(prefix: LayerPrefix, query: Tensor) -> tuple[tuple[Tensor, Tensor], 
     if groups == 1 or forward.by_row or route is None or route.per_token or copied < groups * WORTH_SORTING:
         return _gather(prefix, query, shared=True), None
     keys, values = (t.to(query.device, query.dtype) for t in (prefix.keys, prefix.values))
-    # The same in every layer, and in every step of `generate`.
-    known, key = {} if forward.prepared is None else forward.prepared, (Sorted, rows, query.device)
+    # The same in every layer, and in every step of `generate`; what is kept for all routes knows nothing of one.
+    own = forward.prepared is not None and forward.every is None
+    known, key = forward.prepared if own else {}, (Sorted, rows, query.device)
+    assert known is not None
     if key not in known:
         known[key] = Sorted.of(route.groups(rows, torch.device("cpu")), groups, query.device)
     return (keys, values), known[key]

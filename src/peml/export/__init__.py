@@ -2,17 +2,16 @@
 
 from peml.export.formats import FORMATS
 from peml.export.imports import from_peft
-from peml.export.lint import lint
+from peml.export.lint import Finding, foreseen, lint
 from peml.export.prompts import to_peft_prompt
 from peml.export.run import Exported, export_run, push
-from peml.export.targets import Target, export_targets
 
 __all__ = [
     "FORMATS",
     "Exported",
-    "Target",
+    "Finding",
     "export_run",
-    "export_targets",
+    "foreseen",
     "from_peft",
     "lint",
     "push",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from peml.attention import changing_rope, encodes_first
@@ -10,7 +11,7 @@ from peml.errors import PemlError
 from peml.export.formats import FORMATS
 from peml.export.positions import position_table
 from peml.export.prompts import check_searched, prefix_layers
-from peml.export.targets import MADE_FROM_TEXT, NOT_FOLDABLE
+from peml.prompts import Attempt, PrefixNAS, PrefixTuning
 from peml.routing import Route
 from peml.tuner import PemlModel
 
@@ -48,13 +49,40 @@ def lint(tuner: PemlModel, form: str) -> list[Finding]:
     return found or [Finding(False, text) for text in _remarks(tuner, config, form)]
 
 
-def _obstacles(tuner: PemlModel, config: PemlConfig, form: str) -> list[str]:
+def foreseen(
+    config: PemlConfig, lengths: Sequence[int] | None = None, unit_gates: bool = False, searching: bool = False
+) -> dict[str, Finding]:
+    """What an adapter's files alone say of each format: what stands against it, or how many exports there will be.
+
+    The lint itself knows the base model and may find more: layers that share weights, positions of another kind.
+
+    Args:
+        config: the adapter's.
+        lengths: prefix tokens per layer, or the same for all; None: it has no table of them.
+        unit_gates: whether all gates of the prefix are 1.
+        searching: whether the search for it is still open.
+    """
+    many = "one for each task" if config.needs_task else "one for all tasks"
+    found = {}
+    for form in FORMATS:
+        against = _against(config, form)
+        if not against and form in ("prefix", "kv"):
+            against = _against_prefix(config, form, lengths, unit_gates, searching)
+        found[form] = Finding(bool(against), "; ".join(against) or many)
+    return found
+
+
+def _against(config: PemlConfig, form: str) -> list[str]:
+    """What no base model changes."""
     if config.heads is not None:
         return ["its heads answer for whole texts, which no stock format holds: use it with peml"]
     found = []
     adapter, prompt = config.adapter, config.prompt
     if adapter is not None and not adapter.foldable:
-        found.append(f"{NOT_FOLDABLE}: serve it with `peml serve`")
+        found.append(
+            "its experts are mixed by the input of each token: no weight and no plain LoRA equals that: serve it with "
+            "`peml serve`"
+        )
     if form in ("lora", "merged"):
         if prompt is not None:
             found.append("its prompt would be lost, which folds into no weights: use --to prefix, or --to kv")
@@ -62,12 +90,38 @@ def _obstacles(tuner: PemlModel, config: PemlConfig, form: str) -> list[str]:
             found.append("it has no low-rank part")
     elif prompt is None:
         found.append("it has no prompt: use --to lora, or --to merged")
-    if form in ("merged", "prefix") and (tied := tied_layer(tuner)) is not None:
-        way = "lora" if prompt is None else "kv"
-        found.append(f"{tied} shares its weights with another layer, which merging would change too: use --to {way}")
     if form in ("lora", "kv") and config.modules_to_save:
         saved = ", ".join(config.modules_to_save)
         found.append(f"it trained whole modules ({saved}), which vLLM refuses in a LoRA: use --to merged or prefix")
+    if not found and isinstance(prompt, Attempt):
+        found.append("its prompt is made from every text anew: serve it with peml")
+    return found
+
+
+def _against_prefix(
+    config: PemlConfig, form: str, lengths: Sequence[int] | None, unit_gates: bool, searching: bool
+) -> list[str]:
+    """What the tables of a prefix say, which the lint of a model finds where it computes them."""
+    prompt = config.prompt
+    if searching:
+        return ["the search for the prefix is not over: finish its training"]
+    if form == "kv":
+        return []
+    if lengths is not None and len(set(lengths)) > 1:
+        return ["the prefix has another length in each layer: use --to kv"]
+    if not unit_gates and (isinstance(prompt, PrefixNAS) or (isinstance(prompt, PrefixTuning) and prompt.gated)):
+        return ['the prefix has gates: use --to kv, or train with prompt.gate_after "unit" and prompt.gate_init null']
+    return []
+
+
+def _obstacles(tuner: PemlModel, config: PemlConfig, form: str) -> list[str]:
+    found = _against(config, form)
+    if config.heads is not None:
+        return found
+    prompt = config.prompt
+    if form in ("merged", "prefix") and (tied := tied_layer(tuner)) is not None:
+        way = "lora" if prompt is None else "kv"
+        found.append(f"{tied} shares its weights with another layer, which merging would change too: use --to {way}")
     if not found and prompt is not None:
         found += _obstacles_of_prompt(tuner, config, form)
     return found
@@ -85,8 +139,6 @@ def tied_layer(tuner: PemlModel) -> str | None:
 def _obstacles_of_prompt(tuner: PemlModel, config: PemlConfig, form: str) -> list[str]:
     model, prompt = tuner.model, config.prompt
     assert prompt is not None
-    if tuner.prompt is not None and getattr(tuner.prompt, "reads_input", False):
-        return [f"{MADE_FROM_TEXT}: serve it with peml"]
     if encodes_first(model):
         return ["stock prompts are written for decoders, and this model has an encoder"]
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -35,6 +37,9 @@ KINDS: dict[str, type[Any]] = {
     "multitask_prompt_tuning": MultitaskPromptTuningConfig,
 }
 """Types of PEFT that are a prompt of ours, by their names in lower case."""
+
+UNFINISHED = ".peml-"
+"""In the name of a folder that is being written, before the number of the process that does."""
 
 PREFIXES = ("prefix_tuning", "cartridge")
 """Those that are keys and values."""
@@ -176,13 +181,33 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     folder = check_new(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}{UNFINISHED}*"):
+            with _held(left) as free:
+                if free:
+                    shutil.rmtree(left, ignore_errors=True)
+        temporary = folder.with_name(f".{folder.name}{UNFINISHED}{os.getpid()}")
         temporary.mkdir()
     except OSError as error:
         raise PemlError(f"{folder} cannot be made ({error.strerror}): give another folder") from None
+    with _held(temporary):
+        try:
+            yield temporary
+            os.replace(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Whether a folder could be held against other processes; a process that is killed holds nothing any more."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        yield temporary
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except OSError:  # another has it, or the file system knows no locks
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(handle)

@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 
 import torch
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from peml.evaluation.scoring import best_choice, log_likelihoods
 from peml.serving.answers import Answering, Order, Piece
 from peml.serving.engine import Engine
-from peml.serving.limits import MODEL, Gate, Limits, Refused, add_handlers, body_of, problem
+from peml.serving.limits import MODEL, PROBLEMS, Gate, Limits, Refused, add_handlers, body_of, problem
 from peml.serving.metrics import Metrics
 from peml.serving.openai import DONE, Chats, Completions, event, usage
 from peml.serving.prompts import Reader
@@ -38,6 +38,9 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """The playground asks this server and nobody else."""
+
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""What the document of the API says of an answer that may come as events."""
 
 GONE = 499
 """What the log says of a caller who left; nobody reads it."""
@@ -80,7 +83,7 @@ class Service:
         for index, ids in enumerate(itertools.chain.from_iterable(itertools.repeat(ids, asked.n) for ids in prompts)):
             # Answers of one request differ, and are the same again with the same seed.
             seed = None if asked.seed is None else (asked.seed + index) % 2**63
-            how = Sampling(asked.temperature, asked.top_p, seed, top)
+            how = Sampling(asked.temperature, asked.top_p, asked.top_k, asked.min_p, seed, top)
             found.append(Order(asked.model, number, ids, most, how, asked.stops))
         for order in found:
             self.answering.check(order)
@@ -285,13 +288,13 @@ def build_app(service: Service) -> Any:
             engine.asides -= 1
 
     app.get("/", include_in_schema=False)(playground)
-    app.get("/health")(health)
-    app.get("/metrics")(metrics)
-    app.get("/v1/models")(models)
-    app.get("/v1/models/{name:path}")(model)
-    app.post("/v1/completions")(completions)
-    app.post("/v1/chat/completions")(chat)
-    app.post("/v1/classify")(classify)
+    app.get("/health", responses=PROBLEMS)(health)
+    app.get("/metrics", responses=PROBLEMS, response_class=PlainTextResponse)(metrics)
+    app.get("/v1/models", responses=PROBLEMS)(models)
+    app.get("/v1/models/{name:path}", responses=PROBLEMS)(model)
+    app.post("/v1/completions", responses=PROBLEMS | STREAMED)(completions)
+    app.post("/v1/chat/completions", responses=PROBLEMS | STREAMED)(chat)
+    app.post("/v1/classify", responses=PROBLEMS)(classify)
     return Gate(app, service.limits, service.metrics)
 
 

@@ -131,7 +131,7 @@ class Engine:
         if self._manager is not None:
             return
         self.model.eval()
-        self._stack.enter_context(self.tuner.prompt_kept())
+        self._stack.enter_context(self.tuner.kept())
         settings = GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=sorted(self.ends) or -1)
         batching = ContinuousBatchingConfig(
             num_blocks=self.num_blocks,

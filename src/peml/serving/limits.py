@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from peml.errors import PemlError
@@ -49,6 +50,28 @@ class Limits:
     seconds: float = 120.0
     api_key: str | None = None
     body_seconds: float = 30.0
+
+
+class Detail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Problem(BaseModel):
+    """Every answer that is none."""
+
+    error: Detail
+
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text}
+    for status, text in (("4XX", "The request is refused."), ("5XX", "The server cannot answer it."))
+}
+"""Of a route, for the document of the API; without them FastAPI writes its own form of errors there."""
 
 
 class Refused(Exception):

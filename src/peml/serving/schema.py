@@ -1,6 +1,6 @@
 """What requests may say: OpenAI's names and defaults, and a few fields of ours.
 
-Fields that would change the answer, and that we cannot honour, are refused; others of OpenAI's are ignored.
+What would change the answer is honoured or refused by its name; what changes none is taken without a word.
 """
 
 from __future__ import annotations
@@ -11,11 +11,18 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_v
 
 from peml.serving.sampling import TOP
 
-UNSUPPORTED = (
-    "audio", "best_of", "echo", "frequency_penalty", "function_call", "functions", "logit_bias", "modalities",
-    "presence_penalty", "response_format", "suffix", "tool_choice", "tools",
+NEUTRAL: dict[str, Any] = {
+    "audio": None, "best_of": 1, "echo": False, "frequency_penalty": 0, "function_call": "none", "functions": [],
+    "logit_bias": {}, "modalities": ["text"], "presence_penalty": 0, "repetition_penalty": 1,
+    "response_format": {"type": "text"}, "suffix": "", "tool_choice": "none", "tools": [],
+}  # fmt: skip
+"""Values that change nothing, of parameters that are not honoured."""
+
+SILENT = (
+    "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+    "service_tier", "store", "user",
 )  # fmt: skip
-NEUTRAL: dict[str, Any] = {"best_of": 1, "response_format": {"type": "text"}, "modalities": ["text"]}
+"""OpenAI's parameters that change no answer."""
 
 Ids = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
 Row = dict[str, Any]
@@ -34,6 +41,8 @@ class Generation(BaseModel):
         model: a task, or the id of the adapter.
         task: the task, where `model` is the adapter's id.
         temperature: 0, our default and not OpenAI's, is what the scores of a run were measured with.
+        top_k: tokens that are drawn from, the likeliest, as in vLLM; 0 and -1: all.
+        min_p: least probability of a token that is drawn, in shares of the likeliest's, as in vLLM.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -42,6 +51,8 @@ class Generation(BaseModel):
     task: str | None = None
     temperature: float = Field(0.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1)
+    min_p: float = Field(0.0, ge=0, le=1)
     n: int = Field(1, ge=1, le=8)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
@@ -50,10 +61,9 @@ class Generation(BaseModel):
 
     @model_validator(mode="after")
     def _honoured(self) -> Generation:
-        for name in UNSUPPORTED:
-            value = (self.model_extra or {}).get(name)
-            if value and value != NEUTRAL.get(name):
-                raise ValueError(f"`{name}` is not supported")
+        for name, value in (self.model_extra or {}).items():
+            if value is not None and name not in SILENT and value != NEUTRAL.get(name):
+                raise ValueError(f"`{name}` is not supported: leave it out")
         if len(self.stops) > 4:
             raise ValueError("`stop` takes four texts at most")
         return self
@@ -133,6 +143,8 @@ class Classify(BaseModel):
         fields: in its place, what the task's own template is filled in with.
         choices: to choose from; None: the task's.
     """
+
+    model_config = ConfigDict(extra="forbid")
 
     model: str
     task: str | None = None

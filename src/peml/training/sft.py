@@ -34,7 +34,8 @@ class MultiTaskSFTTrainer(SearchLog, SFTTrainer):
 
     The loss is TRL's, a mean over tokens, in which long answers and large tasks weigh more than in `MultiTaskTrainer`;
     the penalties of prompt and features are added, a search is led to its end, and prompt and architecture have
-    learning rates of their own. Packed rows carry a task per token, which adapters follow; a prefix per task cannot.
+    learning rates of their own. Packed rows carry a task per token, which adapters and, in sdpa
+    and eager attention, prompts follow.
 
     Args:
         model: as for `trl.SFTTrainer`; a name, a model, or a `PeftModel` with a PEML adapter active.
@@ -45,7 +46,7 @@ class MultiTaskSFTTrainer(SearchLog, SFTTrainer):
         kwargs: as for `trl.SFTTrainer`, among them `peft_config`.
 
     Raises:
-        PemlError: no PEML adapter, packing with a prefix per task, or a data set whose tasks are missing or unknown.
+        PemlError: no PEML adapter, or a data set whose tasks are missing or unknown.
     """
 
     data_collator: Any
@@ -69,15 +70,7 @@ class MultiTaskSFTTrainer(SearchLog, SFTTrainer):
             raise PemlError(
                 "MultiTaskSFTTrainer needs a PEML adapter: pass peft_config=PemlConfig(...) or a model that has one"
             )
-        # Plain TrainingArguments are taken as well, and have none of TRL's own.
-        packed = any(getattr(args, name, False) for name in ("packing", "eval_packing", "padding_free"))
-        prompt = config.prompt
-        if packed and prompt is not None and (prompt.needs_task or (prompt.at_input and config.needs_task)):
-            raise PemlError(
-                "a prompt that differs by task, by itself or in an adapter that does, cannot serve rows that pack "
-                "several tasks: set packing and padding_free to False"
-            )
-        if isinstance(prompt, Attempt):
+        if isinstance(config.prompt, Attempt):
             raise PemlError("Attempt makes its prompt from the text before the answer, which TRL does not tell apart")
         smoothed = kwargs.get("compute_loss_func") is not None or getattr(args, "label_smoothing_factor", 0) > 0
         if smoothed and config.adapter is not None and config.adapter.feature_loss_weight > 0:
