@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peml.errors import PemlError
+from peml.training.guard import check_room
 
 Source: TypeAlias = str | Path | PeftModel
 """Where a stock adapter is: a folder, or a model that has it active."""
@@ -177,12 +178,15 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        if temporary.exists():  # left by a process that was killed; numbers of processes come again, in containers soon
+            shutil.rmtree(temporary)
         temporary.mkdir()
     except OSError as error:
         raise PemlError(f"{folder} cannot be made ({error.strerror}): give another folder") from None
     try:
         yield temporary
         os.replace(temporary, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        check_room(error, folder, "and export again")
         raise

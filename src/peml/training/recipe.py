@@ -340,6 +340,8 @@ def read_yaml(path: str | Path) -> Any:
         raise PemlError(f"{path} is a folder: give the recipe, a YAML file") from None
     except UnicodeDecodeError as error:
         raise PemlError(f"{path} is not UTF-8 (byte {error.start}): save the recipe as UTF-8") from None
+    except (RecursionError, MemoryError):
+        raise PemlError(f"{path} is nested too deep to be a recipe") from None
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise PemlError(f"{path}{line} is not valid YAML: {error.problem or error.context}") from None
