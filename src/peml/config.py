@@ -97,6 +97,13 @@ class PemlConfig(PeftConfig):
             self.peml_version = version("peml")
         _check_version(self.peml_version)
 
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """PEFT's own look at what a file holds, before it leaves out what it does not know."""
+        if kwargs.get("peml_version") is not None:
+            _check_version(kwargs["peml_version"])
+        return super().check_kwargs(**kwargs)  # type: ignore[no-any-return]
+
     def _check_types(self) -> None:
         for axis, part in (("adapter", self.adapter), ("prompt", self.prompt), ("heads", self.heads)):
             if part is not None:

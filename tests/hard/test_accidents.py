@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import sys
 import threading
 import time
@@ -56,7 +57,7 @@ def test_two_trainings_do_not_share_a_folder(tmp_path: Path, tried: Tried) -> No
     fresh = tmp_path / "fresh"
     with alone(fresh, "`peml train`"), pytest.raises(PemlError, match="another `peml train` is at work in .*fresh"):
         train(path, fresh)
-    assert [file.name for file in fresh.iterdir()] == [".lock"]
+    assert not RunFolder(fresh).is_run
     assert equal(train(path, fresh), run), "the lock of one that is gone stands in nobody's way"
     tried("a second training into a folder where one is at work: refused", 2)
 
@@ -112,9 +113,7 @@ def test_a_base_that_has_changed_is_refused(tmp_path: Path, tried: Tried) -> Non
     write_model(tmp_path / "model", seed=1)
     with pytest.raises(PemlError, match=r"the weights in .*model are not those that the run in .*run was trained on"):
         open_run(run.path)
-    (run.adapter / "adapter_model.safetensors").unlink()
-    (run.adapter / "adapter_config.json").unlink()
-    run.adapter.rmdir()
+    shutil.rmtree(run.adapter)
     with pytest.raises(PemlError, match=r"are not those that the run in .*run was trained on"):
         train(path, run.path, resume=True)
     (tmp_path / "model" / "model.safetensors").write_bytes(before)
@@ -148,7 +147,7 @@ def said(arguments: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     with pytest.raises(SystemExit) as ended:
         main()
     errors = capsys.readouterr().err
-    assert ended.value.code == 2 and errors.startswith("error: ") and "Traceback" not in errors, errors
+    assert ended.value.code == 2 and errors.count("error: ") == 1 and "Traceback" not in errors, errors
     return errors
 
 
@@ -167,7 +166,7 @@ def test_out_of_memory_says_what_to_lower(
 
     monkeypatch.setattr("peml.training.run.MultiTaskTrainer.train", full)
     errors = said(["train", written(tmp_path), "--output", tmp_path / "run"], monkeypatch, capsys)
-    assert "out of memory: lower per_device_train_batch_size" in errors and "1 GiB" in errors
+    assert "out of memory: below train lower per_device_train_batch_size" in errors and "1 GiB" in errors
     tried("memory that runs out in a training: one sentence that says what to lower", 1)
 
 

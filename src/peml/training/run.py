@@ -96,7 +96,8 @@ def _train(
             return folder
     alone_here = alone(folder.path, "`peml train`")
     # A folder that is not there yet is made when nothing can be refused any more.
-    if main and folder.is_run:
+    was_run = folder.is_run
+    if main and was_run:
         held.enter_context(alone_here)
     with console.status("reading rows, loading the model"):
         bench = workbench or prepare(recipe, trained=stage.tasks)
@@ -124,9 +125,10 @@ def _train(
         # Everything that can be refused has been by now; from here on the folder is written.
         wait()
         if main:
-            if not folder.is_run:
+            if not was_run:
                 held.enter_context(alone_here)
-                folder.check(resume=resume, overwrite=overwrite)  # another one may have come and gone meanwhile
+                if folder.is_run:  # another one has come and gone meanwhile
+                    folder.check(resume=resume, overwrite=overwrite)
             folder.create(overwrite=overwrite)
             folder.drop_incomplete()
             write_text(folder.recipe, recipe.to_yaml())
