@@ -13,7 +13,7 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
        $(BIN)/python -m pip -qq --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo docs test test-slow bench check format clean
+.PHONY: help .venv demo docs test test-slow hard bench check format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -44,6 +44,9 @@ test: $(STAMP)  ## the tests that need no GPU, no network and little time
 
 test-slow: $(STAMP)  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow --durations=10
+
+hard: $(STAMP)  ## kills, full disks, drawn inputs: before a release; PEML_HARD_KILLS, PEML_HARD_CASES; writes docs/robustness.md
+	OMP_NUM_THREADS=1 PEML_HARD_TABLE=docs/robustness.md $(BIN)/python -m pytest -q -m "hard or not hard" tests/hard
 
 docs: $(STAMP)  ## the documentation, into build/site; every warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

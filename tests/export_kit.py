@@ -82,14 +82,16 @@ def write_other(folder: Path, family: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_run(folder: Path, method: str, changes: dict[str, Any] | None = None, family: str = "llama") -> Path:
+def write_run(
+    folder: Path, method: str, changes: dict[str, Any] | None = None, family: str = "llama", **keys: Any
+) -> Path:
     """A run folder as `peml train` leaves it, its adapter drawn at random; a search in it has ended."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "model").exists():
         write_model(folder / "model") if family == "llama" else write_other(folder / "model", family)
     # Of eight experts each needs a rank of its own.
     small = {} if METHODS[method].adapter is None else {"adapter.r": 8 if method == "moe-lora" else 4}
-    path = write_recipe(folder, method=method, set=small | SIZES.get(method, {}) | (changes or {}))
+    path = write_recipe(folder, method=method, set=small | SIZES.get(method, {}) | (changes or {}), **keys)
     return draw_run(path, folder / "run")
 
 

@@ -219,6 +219,14 @@ def demo(
         print(json.dumps(results, indent=2))
 
 
+LOWER = {
+    "train": "below train lower per_device_train_batch_size (gradient_accumulation_steps makes up for it), "
+    "per_device_eval_batch_size or max_length, or set activation_checkpointing: true there, and train with --overwrite",
+    "serve": "lower --cache-tokens or --batch-tokens",
+    "generate": "lower --batch-size, or ask for shorter answers",
+}
+"""What takes most memory, by command."""
+
 INTERRUPTED = 130
 """What typer makes of Ctrl-C."""
 
@@ -243,6 +251,12 @@ def main() -> None:
         _complain(errors, str(error))
     except OSError as error:
         _complain(errors, f"{error.filename or 'the output folder'}: {error.strerror or error}")
+    except (RuntimeError, MemoryError) as error:
+        from peml.training.guard import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        _complain(errors, f"out of memory: {LOWER.get(sys.argv[1], LOWER['train'])} ({str(error)[:200]})")
     except SystemExit as ended:
         if ended.code == INTERRUPTED:
             errors.print("interrupted; what has been stored goes on with --resume")

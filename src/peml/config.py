@@ -7,8 +7,10 @@ import difflib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, TypeVar
 
+from packaging.version import InvalidVersion, Version
 from peft import PeftConfig, PeftType
 
 from peml.adapters import ADAPTERS, Adapter, AdapterConfig, GroupedAdapter
@@ -92,9 +94,15 @@ class PemlConfig(PeftConfig):
         # Read from a file that has the weights too: what a fresh adapter would begin at is not asked for again.
         self.stored = self.peml_version is not None
         if self.peml_version is None:
-            from importlib.metadata import version
-
             self.peml_version = version("peml")
+        _check_version(self.peml_version)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """PEFT's own look at what a file holds, before it leaves out what it does not know."""
+        if kwargs.get("peml_version") is not None:
+            _check_version(kwargs["peml_version"])
+        return super().check_kwargs(**kwargs)  # type: ignore[no-any-return]
 
     def _check_types(self) -> None:
         for axis, part in (("adapter", self.adapter), ("prompt", self.prompt), ("heads", self.heads)):
@@ -250,3 +258,19 @@ def _readable(hint: Any) -> str:
             hint.__name__, "null" if hint is type(None) else hint.__name__
         )
     return " or ".join(_readable(option) for option in typing.get_args(hint))
+
+
+def _check_version(written: Any) -> None:
+    """Refuse what a later peml wrote: PEFT would leave out what this one does not know, and the adapter be another.
+
+    Raises:
+        PemlError: a later minor version, or none.
+    """
+    try:
+        later = Version(written).release[:2] > Version(version("peml")).release[:2]
+    except (InvalidVersion, TypeError):
+        raise PemlError(f"peml_version of the adapter's configuration is no version: {written!r}") from None
+    if later:
+        raise PemlError(
+            f"this adapter was written by peml {written}, and this is {version('peml')}: pip install -U peml"
+        )

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peml.errors import PemlError
+from peml.training.guard import check_room
 
 Source: TypeAlias = str | Path | PeftModel
 """Where a stock adapter is: a folder, or a model that has it active."""
@@ -193,8 +194,9 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             os.replace(temporary, folder)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            check_room(error, folder, "and export again")
             raise
 
 

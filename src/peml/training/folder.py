@@ -89,7 +89,8 @@ class RunFolder:
             raise PemlError("--resume and --overwrite contradict each other: choose one")
         if self.path.exists() and not self.path.is_dir():
             raise PemlError(f"{self.path} is a file: give a folder for the run")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        # A run that was killed before its first word leaves empty folders and its lock.
+        if not any(file.is_file() and file.name != LOCK for file in self.path.rglob("*")):
             return
         if not (resume or overwrite):
             raise PemlError(f"{self.path} already holds files: add --resume, --overwrite, or another --output")
@@ -211,8 +212,12 @@ def size_of(folder: Path) -> int:
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -59,6 +59,11 @@ FOREIGN_KEYS: Mapping[str, str] = {
 }
 """Keys that other tools use for what a recipe calls otherwise."""
 
+SHIPPED: Mapping[str, Path] = {
+    path.stem: path for path in (Path(__file__).parents[1] / "assets" / "recipes").glob("*.yaml")
+}
+"""Recipes that lie in the package, by name."""
+
 
 METHOD_OF: Mapping[str, dict[str, Any]] = {
     "one_plus_n": {"method": "one-plus-n"},
@@ -326,18 +331,27 @@ def read_yaml(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(_found(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise PemlError(f"there is no recipe {path}") from None
+        raise PemlError(
+            f"there is no recipe {path}: give a file, or one of the package ({', '.join(sorted(SHIPPED))})"
+        ) from None
     except IsADirectoryError:
         raise PemlError(f"{path} is a folder: give the recipe, a YAML file") from None
     except UnicodeDecodeError as error:
         raise PemlError(f"{path} is not UTF-8 (byte {error.start}): save the recipe as UTF-8") from None
+    except (RecursionError, MemoryError):
+        raise PemlError(f"{path} is nested too deep to be a recipe") from None
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise PemlError(f"{path}{line} is not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise PemlError(f"{path} is not valid YAML: {one_line(error)}") from None
+
+
+def _found(path: Path) -> Path:
+    """A recipe's file; a bare name that is none may be a recipe of the package, as `toy` is a model of it."""
+    return SHIPPED[path.name] if str(path) in SHIPPED and not path.exists() else path
 
 
 def validated(data: dict[str, Any], path: str | Path) -> Recipe:

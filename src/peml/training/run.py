@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,8 @@ from peml.training.arguments import one_line
 from peml.training.bill import peak_memory
 from peml.training.data import Collator, TaskRows
 from peml.training.distillation import Distillation
-from peml.training.folder import RunFolder, write_text
+from peml.training.folder import RunFolder, alone, write_text
+from peml.training.guard import base_digest, check_base, check_finite, check_room
 from peml.training.launch import Launch
 from peml.training.predictions import packed
 from peml.training.probing import probe_heads
@@ -49,7 +50,13 @@ def joint(recipe: Recipe, launch: Launch, stage: Stage | None = None) -> RunFold
     Raises:
         PemlError: bad input, before anything is written; or a training that diverged, before its adapter is.
     """
-    folder, stage, resume, overwrite = launch.folder, stage or Stage(), launch.resume, launch.overwrite
+    with ExitStack() as held:
+        return _joint(recipe, launch, stage or Stage(), held)
+
+
+def _joint(recipe: Recipe, launch: Launch, stage: Stage, held: ExitStack) -> RunFolder:
+    """`joint`; `held` keeps other processes out of the folder until it is over."""
+    folder, resume, overwrite = launch.folder, launch.resume, launch.overwrite
     # The folder keeps the recipe of the whole; a stage may train on other terms.
     ours = recipe.model_copy(update={"train": {**recipe.train, **stage.train}})
     arguments = ours.training_arguments(str(folder.checkpoints))
@@ -62,6 +69,11 @@ def joint(recipe: Recipe, launch: Launch, stage: Stage | None = None) -> RunFold
         if folder.finished:
             console.print("this run is finished: there is nothing to resume")
             return folder
+    alone_here = alone(folder.path, "`peml train`")
+    # A folder that is not there yet is made when nothing can be refused any more.
+    was_run = folder.is_run
+    if main and was_run:
+        held.enter_context(alone_here)
     with console.status("reading rows, loading the model"):
         bench = launch.workbench or prepare(recipe, trained=stage.tasks)
         rows = training_rows(bench)
@@ -76,6 +88,8 @@ def joint(recipe: Recipe, launch: Launch, stage: Stage | None = None) -> RunFold
     checkpoint = folder.last_checkpoint() if resume else None
     metrics = folder.read_metrics() if resume else {}
     _same_data(metrics.get("data"), data, checkpoint, folder)
+    if resume:
+        check_base(folder, bench.model.name_or_path)
     with progress_bar(console) as progress:
         log = RunLog(folder, progress, label=stage.label)
         trainer = _trainer(ours, bench, model, rows, arguments, log, distillation, stage)
@@ -86,6 +100,10 @@ def joint(recipe: Recipe, launch: Launch, stage: Stage | None = None) -> RunFold
         # Everything that can be refused has been by now; from here on the folder is written.
         wait()
         if main:
+            if not was_run:
+                held.enter_context(alone_here)
+                if folder.is_run:  # another one has come and gone meanwhile
+                    folder.check(resume=resume, overwrite=overwrite)
             folder.create(overwrite=overwrite)
             folder.drop_incomplete()
             write_text(folder.recipe, recipe.to_yaml())
@@ -97,7 +115,7 @@ def joint(recipe: Recipe, launch: Launch, stage: Stage | None = None) -> RunFold
             for task, count_ in counts.items():
                 if count_:
                     console.print(Text(f"{task}: {count_} {kind} prompts lose their beginning to max_length", "yellow"))
-        metrics["data"] = data
+        metrics |= {"data": data, "base": base_digest(bench.model.name_or_path)}
         # Without its heads an encoder has no answer.
         if "before" not in metrics and recipe.evaluate_before and bench.form != "heads":
             with model.disable_adapter():
@@ -117,6 +135,7 @@ def joint(recipe: Recipe, launch: Launch, stage: Stage | None = None) -> RunFold
         seconds = log.elapsed()
         answers: dict[str, Answers] = {}
         metrics["after"] = bench.evaluate(model, progress, answers)
+    check_finite(model, trainer.state.global_step)
     wrong = [task for task, scores in metrics["after"].items() if not all(map(math.isfinite, scores.values()))]
     if wrong:
         raise PemlError(f"training diverged: the scores of task {wrong[0]!r} are no numbers; lower the learning rates")
@@ -276,8 +295,9 @@ def load_adapter(model: PreTrainedModel, folder: RunFolder, trainable: bool = Fa
     """The adapter of a run on its base model.
 
     Raises:
-        PemlError: it does not fit the model, or is damaged.
+        PemlError: it does not fit the model, which may have changed since, or is damaged.
     """
+    check_base(folder, model.name_or_path)
     try:
         return PeftModel.from_pretrained(model, str(folder.adapter), is_trainable=trainable)
     except PemlError:
@@ -339,7 +359,12 @@ def _save(model: PeftModel, folder: RunFolder) -> None:
     temporary = folder.path / ".adapter"
     if temporary.exists():
         shutil.rmtree(temporary)
-    model.save_pretrained(str(temporary))
+    try:
+        model.save_pretrained(str(temporary))
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        check_room(error, folder.adapter, "and go on with --resume")
+        raise
     if folder.adapter.exists():
         shutil.rmtree(folder.adapter)
     temporary.rename(folder.adapter)

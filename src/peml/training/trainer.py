@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from peml.balance import Balance, CoBa, Equal, per_sample
 from peml.errors import PemlError
@@ -25,6 +26,7 @@ from peml.training.bilevel import ArchitectureSteps
 from peml.training.data import Collator, TaskRows, call_of
 from peml.training.distillation import Distillation
 from peml.training.groups import parameter_groups
+from peml.training.guard import check_finite, check_room
 from peml.training.loss import LossMeter, balanced, by_task, row_counts, row_losses
 from peml.training.regime import Bilevel
 from peml.training.search import FINETUNE_FRACTION, SearchSchedule, searching
@@ -296,6 +298,28 @@ class MultiTaskTrainer(BalancedSteps):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Transformers' own, but while a search is open: what is kept would not be what was measured."""
         return not searching(self.tuner.prompt) and super()._determine_best_metric(metrics, trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Transformers' own, of weights that are numbers; the oldest go by their step.
+
+        Transformers goes by the time of the files: after a clock was set back, the newest would be deleted.
+        """
+        check_finite(self.model, self.state.global_step)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            check_room(error, Path(self.args.output_dir), "and go on with --resume")
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=self._get_output_dir(trial=trial),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss of each task and the penalties to what is logged."""
