@@ -24,7 +24,8 @@ from models import TASKS, adapt, tiny, tokens
 from peml import PemlError
 from peml.cli import main
 from peml.export import export_run
-from peml.training import RunFolder, load_recipe, open_run, train
+from peml.regimes import train
+from peml.training import RunFolder, load_recipe, open_run
 from peml.training.folder import alone
 from peml.training.steps import BalancedSteps
 from workshop import recipe, write_model, write_recipe, write_rows
