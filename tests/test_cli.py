@@ -60,7 +60,7 @@ def test_an_adapter_routed_by_task_is_inspected(peml, tmp_path: Path) -> None:  
     code, _, _ = peml("train", write_recipe(tmp_path, **changes), "--output", tmp_path / "run")
     assert code == 0
     _, out, _ = peml("inspect", tmp_path / "run")
-    assert "one per task: select_task" in out and "there is no prefix" in out
+    assert "--to lora: one for each task" in out and "--to kv: it has no prompt" in out
 
 
 def test_lists(peml) -> None:  # type: ignore[no-untyped-def]
