@@ -244,6 +244,7 @@ def main() -> None:
     except OSError as error:
         _complain(errors, f"{error.filename or 'the output folder'}: {error.strerror or error}")
     except SystemExit as ended:
-        if ended.code == INTERRUPTED:
+        # A comparison says itself how it goes on.
+        if ended.code == INTERRUPTED and sys.argv[1:2] != ["compare"]:
             errors.print("interrupted; what has been stored goes on with --resume")
         raise
