@@ -445,11 +445,14 @@ def test_stopped_it_says_what_it_has(tmp_path: Path, number: int, status: int) -
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     begun = tmp_path / "out" / "mtl-lora" / "0" / "log.jsonl"
     deadline = time.monotonic() + 240
-    while not begun.exists():
-        assert time.monotonic() < deadline and first.poll() is None
-        time.sleep(0.05)
-    first.send_signal(number)
-    out, err = first.communicate(timeout=120)
+    try:
+        while not begun.exists():
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.05)
+        first.send_signal(number)
+        out, err = first.communicate(timeout=120)
+    finally:
+        first.kill()
     assert first.returncode == status and "Traceback" not in err, err
     assert "stopped with 1 of 2 jobs finished" in " ".join(out.split()) and "--resume" not in err
     assert not _working(tmp_path / "out")
