@@ -31,6 +31,8 @@ from peml.compare.words import average_words, count_words
 from peml.compare.worker import work
 from peml.errors import PemlError
 from peml.methods import trainable_parameters
+from peml.report.contents import contents_of
+from peml.report.reproduce import summary
 from peml.training import RunFolder
 from peml.training.recipe import load_recipe
 from peml.training.workbench import prepare
@@ -41,15 +43,17 @@ from workshop import recipe, write_model, write_recipe
 class Here:
     """Jobs in this process, one after the other."""
 
-    def __init__(self, stop_after: int | None = None, fail: Sequence[str] = ()) -> None:
-        self.stop_after, self.fail = stop_after, fail
+    def __init__(self, stop_after: int | None = None, fail: Sequence[str] = (), by: int | None = None) -> None:
+        self.stop_after, self.fail, self.by = stop_after, fail, by
         self.seen: list[tuple[str, str]] = []
         self.closed = False
 
     def submit(self, command: Sequence[str], log: Path) -> Future[int]:
         kind, source, output = command[0], Path(command[1]), Path(command[2])
         if len(self.seen) == self.stop_after:
-            raise KeyboardInterrupt
+            if self.by is None:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), self.by)
         self.seen.append((kind, f"{output.parent.name}/{output.name}"))
         future: Future[int] = Future()
         if self.seen[-1][1] in self.fail:
@@ -148,12 +152,33 @@ def test_interrupted_it_does_what_is_left_and_ends_the_same(
     with pytest.raises(KeyboardInterrupt):
         compare(path, tmp_path / "out", methods=THREE, seeds=2, runner=first)
     assert first.closed and first.seen == [("train", f"{name}/0") for name in THREE], "seed by seed"
+    stopped = CompareFolder(tmp_path / "out").read_results()
+    assert [job["state"] for job in stopped["jobs"]] == ["done"] * 3 + ["open"] * 3
+    for now, later in zip(stopped["methods"], whole.read_results()["methods"], strict=True):
+        assert now["seeds"] == [0] and now["average"]["values"] == later["average"]["values"][:1]
     # Of a run that was killed while it began, nothing but transformers' folder may be there.
     (tmp_path / "out" / "lora" / "1" / "checkpoints").mkdir(parents=True)
     second = Here()
     folder = compare(path, tmp_path / "out", methods=THREE, seeds=2, runner=second)
     assert second.seen == [("train", f"{name}/1") for name in THREE]
     assert without_clock(folder.read_results()) == without_clock(whole.read_results())
+
+
+def test_sigterm_leaves_results_too(tmp_path: Path) -> None:
+    path = small(tmp_path, compare={"methods": ["lora", "mtl-lora"], "seeds": 1})
+    before = signal.getsignal(signal.SIGTERM)
+    runner = Here(stop_after=1, by=signal.SIGTERM)
+    with (tmp_path / "screen").open("w") as screen, pytest.raises(SystemExit) as ended:
+        compare(path, tmp_path / "out", runner=runner, console=Console(file=screen, width=400))
+    assert ended.value.code == 143 and runner.closed and signal.getsignal(signal.SIGTERM) is before
+    results = CompareFolder(tmp_path / "out").read_results()
+    assert [job["state"] for job in results["jobs"]] == ["done", "open"]
+    assert results["methods"][0]["average"] is not None and results["methods"][1]["average"] is None
+    assert "stopped with 1 of 2 jobs finished" in (tmp_path / "screen").read_text()
+    assert "1 of 2 jobs are still to be done" in summary(contents_of(CompareFolder(tmp_path / "out")))
+    again = Here()
+    results = compare(path, tmp_path / "out", runner=again).read_results()
+    assert again.seen == [("train", "mtl-lora/0")] and {job["state"] for job in results["jobs"]} == {"done"}
 
 
 def test_a_failed_job_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
@@ -408,6 +433,33 @@ def test_killed_with_its_jobs_it_goes_on(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "lora" / "0" / "metrics.json").stat().st_mtime_ns == finished
     whole = compare(path, tmp_path / "whole", threads=1)
     assert without_clock(whole.read_results()) == without_clock(CompareFolder(tmp_path / "out").read_results())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_it_says_what_it_has(tmp_path: Path, number: int, status: int) -> None:
+    """The command itself, and a signal that reaches only it."""
+    write_model(tmp_path / "model")
+    path = small(tmp_path, compare={"methods": ["lora", "mtl-lora"], "seeds": 1}, train={"max_steps": 200})
+    command = [sys.executable, "-m", "peml", "compare", str(path), "--output", str(tmp_path / "out"), "--threads", "1"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    begun = tmp_path / "out" / "mtl-lora" / "0" / "log.jsonl"
+    deadline = time.monotonic() + 240
+    try:
+        while not begun.exists():
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.05)
+        first.send_signal(number)
+        out, err = first.communicate(timeout=120)
+    finally:
+        first.kill()
+    assert first.returncode == status and "Traceback" not in err, err
+    assert "stopped with 1 of 2 jobs finished" in " ".join(out.split()) and "--resume" not in err
+    assert not _working(tmp_path / "out")
+    results = CompareFolder(tmp_path / "out").read_results()
+    assert [job["state"] for job in results["jobs"]] == ["done", "open"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "1 of 2 jobs are finished already" in done.stdout, done.stderr
 
 
 def _working(folder: Path) -> list[str]:

@@ -258,6 +258,7 @@ def main() -> None:
             raise
         _complain(errors, f"out of memory: {LOWER.get(sys.argv[1], LOWER['train'])} ({str(error)[:200]})")
     except SystemExit as ended:
-        if ended.code == INTERRUPTED:
+        # A comparison says itself how it goes on.
+        if ended.code == INTERRUPTED and sys.argv[1:2] != ["compare"]:
             errors.print("interrupted; what has been stored goes on with --resume")
         raise

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -40,7 +44,8 @@ def compare(
     """Train methods on the same rows, order, steps and budget of trained numbers, with several seeds each.
 
     Every training is a job in a folder of its own. Called again it does what is left: a job that was finished is not
-    done again, one that was interrupted goes on from its last checkpoint, one that failed is tried again.
+    done again, one that was interrupted goes on from its last checkpoint, one that failed is tried again. Ctrl-C, or a
+    SIGTERM in the main thread, stops the jobs and leaves the results of what is finished.
 
     Args:
         recipe: a recipe or the path of one; its section `compare` says what each method has of its own.
@@ -59,6 +64,7 @@ def compare(
     Raises:
         PemlError: bad input, before anything is written. A job that fails is recorded in `results.json`, and the rest
             go on.
+        KeyboardInterrupt, SystemExit: it was stopped; `results.json` is written.
     """
     name = Path(recipe).stem if isinstance(recipe, str | Path) else "run"
     recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
@@ -84,11 +90,34 @@ def compare(
             runner = LocalRunner(workers, each) if ray is None else RayRunner(ray, each)
         try:
             jobs = _Jobs(whole, folder, runner, costs)
-            jobs.run(console)
+            with _terminable():
+                jobs.run(console)
+        except (KeyboardInterrupt, SystemExit):
+            # Before their folders are read.
+            runner.close()
+            jobs.stopped(console)
+            raise
         finally:
             runner.close()
         folder.write_results(results_of(whole, folder, jobs.all, jobs.failures))
     return folder
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, with a shell's status for it; otherwise nothing is written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread hears signals
+        return
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Jobs:
@@ -130,6 +159,21 @@ class _Jobs:
                     self._ended(self.running.pop(future), future)
                 self._start()
                 view.update(self.done, set(self.running.values()), self.failures)
+
+    def stopped(self, console: Console) -> None:
+        """Results of what is finished, after the jobs were stopped; one that came to its end just then counts."""
+        for job in self.all:
+            with suppress(PemlError):  # what cannot be read is not finished
+                if job.done(self.plan.section.trials):
+                    self.done.add(job)
+        open_jobs = [job.name for job in self.all if job not in self.done and job.name not in self.failures]
+        self.folder.write_results(results_of(self.plan, self.folder, self.all, self.failures, open_jobs))
+        done = len(self.all) - len(open_jobs) - len(self.failures)
+        console.print(
+            f"stopped with {done} of {len(self.all)} jobs finished, whose results are in {self.folder.results}; the "
+            "same command goes on",
+            soft_wrap=True,
+        )
 
     def _start(self) -> None:
         for job in self.all:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -29,7 +29,13 @@ Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]
 """`metrics.json` by method and seed."""
 
 
-def results_of(plan: Plan, folder: CompareFolder, jobs: Sequence[Job], failures: Mapping[str, str]) -> dict[str, Any]:
+def results_of(
+    plan: Plan,
+    folder: CompareFolder,
+    jobs: Sequence[Job],
+    failures: Mapping[str, str],
+    unfinished: Collection[str] = (),
+) -> dict[str, Any]:
     """The record of a comparison.
 
     Args:
@@ -37,6 +43,7 @@ def results_of(plan: Plan, folder: CompareFolder, jobs: Sequence[Job], failures:
         folder: with its runs.
         jobs: all of them.
         failures: why a job failed, by its name.
+        unfinished: names of jobs that are still to be done.
     """
     failures = dict(failures)
     runs: dict[str, dict[int, Mapping[str, Any]]] = {}
@@ -90,7 +97,7 @@ def results_of(plan: Plan, folder: CompareFolder, jobs: Sequence[Job], failures:
                 "kind": job.kind,
                 "method": job.method,
                 "seed": job.seed,
-                "state": "failed" if job.name in failures else "done",
+                "state": "failed" if job.name in failures else "open" if job.name in unfinished else "done",
                 "error": failures.get(job.name),
             }
             for job in jobs

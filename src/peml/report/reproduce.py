@@ -54,6 +54,8 @@ def summary(contents: Mapping[str, Any]) -> str:
         words.append(f"Below {base} on single tasks: {'; '.join(lost)}.")
     if failed := failures(contents):
         words.append(f"{len(failed)} of {len(contents['jobs'])} jobs failed.")
+    if left := sum(job["state"] == "open" for job in contents["jobs"]):
+        words.append(f"It was stopped: {left} of {len(contents['jobs'])} jobs are still to be done.")
     return " ".join(words)
 
 
