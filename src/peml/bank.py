@@ -375,7 +375,8 @@ def _together(layers: tuple[BankLinear, ...], x: Tensor, forward: Forward | None
         if prepared.down.dtype == dtype:
             if prepared.by_task:
                 prepared = prepared.of(layers[0].tasks(x, forward))
-            return [(y, None) for y in run(prepared, x.to(dtype))[0]]
+            x = x if x.dtype == dtype else x.to(dtype)
+            return [(y, None) for y in run(prepared, x, views=True)[0]]
     adapters = [adapter for layer in layers if (adapter := layer.active()) is not None]
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         if forward is not None and forward.every is not None and not torch.is_grad_enabled():

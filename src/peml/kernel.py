@@ -173,8 +173,10 @@ def _prepare(diagonal: Sequence[bool], tensors: Sequence[Any], dtype: torch.dtyp
     return Prepared(_down(tensors[2::5], dtype), layers)
 
 
-def run(prepared: Prepared, x: Tensor, plan: _Plan | None = None) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Outputs; the rows of x; H as a matrix."""
+def run(
+    prepared: Prepared, x: Tensor, plan: _Plan | None = None, views: bool = False
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Outputs, which may be views where no autograd function returns them; the rows of x; H as a matrix."""
     rows = x.reshape(-1, x.shape[-1])
     if plan is not None and plan.dropout:
         kept, probability = _kept(plan, rows)
@@ -183,14 +185,14 @@ def run(prepared: Prepared, x: Tensor, plan: _Plan | None = None) -> tuple[list[
         hidden = rows @ prepared.down.T
     outputs, start = [], 0
     for weight, bias, size, core, up in prepared.layers:
-        mixed = _mix(core, hidden if len(prepared.layers) == 1 else hidden[:, start : start + size])
+        mixed = _mix(core, hidden if len(prepared.layers) == 1 else hidden.narrow(1, start, size))
         start += size
         if weight is None:
             y = mixed @ up
         else:
             y = F.linear(rows, weight, bias)
             y.addmm_(mixed, up)
-        outputs.append(_shaped(y, x))
+        outputs.append(y.view(*x.shape[:-1], y.shape[1]) if views else _shaped(y, x))
     return outputs, rows, hidden
 
 

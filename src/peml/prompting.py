@@ -152,11 +152,11 @@ class Prompting(Attached):
             return replace(forward, prefix=prefix, offset=kept.offset)
         if route is None:
             raise self._no_task()
-        asked = route.present, route.per_token
-        if self._last is None or self._last[0] != asked:
+        asked, last = (route.present, route.per_token), self._last
+        if last is None or last[0] != asked:
             # The tasks of a batch seldom change from step to step.
-            self._last = asked, {slot: _chosen(layer, *asked) for slot, layer in prefix.items()}
-        return replace(forward, prefix=self._last[1], offset=kept.offset)
+            last = self._last = asked, {slot: _chosen(layer, *asked) for slot, layer in prefix.items()}
+        return replace(forward, prefix=last[1], offset=kept.offset)
 
     @contextmanager
     def prompted_by(self, prompt: Prompt) -> Iterator[None]:
