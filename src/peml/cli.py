@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peml.cli_affinity import affinity, transfer
+from peml.cli_plan import plan
 from peml.cli_tasks import tasks_app
 from peml.cli_use import export, generate, serve
 from peml.errors import PemlError
@@ -36,6 +37,7 @@ app.command()(serve)
 app.command()(generate)
 app.command()(affinity)
 app.command()(transfer)
+app.command()(plan)
 # Under `accelerate launch` every process runs this file; the first one speaks.
 console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
