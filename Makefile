@@ -13,7 +13,7 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
        $(BIN)/python -m pip -qq --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo docs test test-slow hard bench check format clean
+.PHONY: help .venv demo docs test test-slow hard wheel release-check compat audit bench check format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -50,6 +50,22 @@ hard: $(STAMP)  ## kills, full disks, drawn inputs: before a release; PEML_HARD_
 
 docs: $(STAMP)  ## the documentation, into build/site; every warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+wheel: $(STAMP)  ## wheel and source distribution, into dist
+	rm -rf dist
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build --outdir dist
+
+release-check: wheel  ## the wheel in an empty environment, outside the tree: demo, train, evaluate
+	PYTHON=$(abspath $(BIN)/python) scripts/release_check.sh
+
+compat: $(STAMP)  ## tests under the lowest and the highest transformers and peft; installs each, minutes
+	PYTHON=$(BIN)/python scripts/compat.sh lowest
+	PYTHON=$(BIN)/python scripts/compat.sh highest
+
+audit: $(STAMP)  ## known vulnerabilities of what is pinned; asks the package index
+	$(BIN)/python -m venv build/audit
+	build/audit/bin/pip -qq --disable-pip-version-check install pip-audit
+	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 bench: $(STAMP)  ## time and memory beside PEFT and the papers; an hour, on an idle machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks all

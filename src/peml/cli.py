@@ -21,6 +21,7 @@ from rich.text import Text
 
 from peml.cli_affinity import affinity, transfer
 from peml.cli_evaluate import evaluate
+from peml.cli_plan import plan
 from peml.cli_report import scores_table
 from peml.cli_tasks import tasks_app
 from peml.cli_use import export, generate, serve
@@ -39,6 +40,7 @@ app.command()(serve)
 app.command()(generate)
 app.command()(affinity)
 app.command()(transfer)
+app.command()(plan)
 # Under `accelerate launch` every process runs this file; the first one speaks.
 console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
