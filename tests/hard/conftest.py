@@ -29,8 +29,13 @@ def tried() -> Tried:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if TABLE is None or exitstatus:
         return
-    lines = ["| what was tried | how often | what was lost |", "|---|---|---|"]
-    lines += [f"| {what} | {times:,} | {outcome} |" for what, (times, outcome) in sorted(ROWS.items())]
     page = Path(TABLE)
     head, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    page.write_text(head + BEGIN + "\n".join(lines) + "\n" + END + rest.partition(END)[2], encoding="utf-8")
+    table, _, rest = rest.partition(END)
+    # What was not tried this time keeps the row of the last time.
+    kept = {row.split(" | ")[0].removeprefix("| "): row for row in table.splitlines() if row.startswith("| ")}
+    kept.pop("what was tried", None)
+    now = {what: f"| {what} | {times:,} | {outcome} |" for what, (times, outcome) in ROWS.items()}
+    lines = ["| what was tried | how often | what was lost |", "|---|---|---|"]
+    lines += [row for _, row in sorted((kept | now).items())]
+    page.write_text(head + BEGIN + "\n".join(lines) + "\n" + END + rest, encoding="utf-8")

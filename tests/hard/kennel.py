@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,9 +18,12 @@ Prepare = Callable[[], None]
 
 
 def _run(arguments: Sequence[str], output: str, prepare: Prepare | None) -> None:
-    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    # Through a process of its own: what limits the size of files must not cut off what is said of it.
+    with open(output, "wb") as file:
+        pipe = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file).stdin
+    assert pipe is not None
+    os.dup2(pipe.fileno(), 1)
+    os.dup2(pipe.fileno(), 2)
     from peml.cli import main
 
     if prepare is not None:
@@ -59,4 +63,6 @@ class Command:
         return alive
 
     def said(self) -> str:
+        """Both streams; what is still in the pipe comes a moment later."""
+        time.sleep(0.2)
         return self.output.read_text(encoding="utf-8", errors="replace") if self.output.exists() else ""

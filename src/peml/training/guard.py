@@ -13,6 +13,9 @@ from torch import nn
 from peml.errors import PemlError
 from peml.training.folder import RunFolder
 
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "file_writer", "iostream error")
+"""What torch says of it, at the first byte, in the middle and at the last."""
+
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
@@ -85,7 +88,7 @@ def check_room(error: BaseException, path: Path, then: str) -> None:
     """
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         reason = error.strerror or str(error)
-    elif isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error) or "file_writer" in str(error):
+    elif isinstance(error, SafetensorError) or any(words in str(error) for words in TORCH_CANNOT_WRITE):
         reason = str(error).splitlines()[0]
     else:
         return

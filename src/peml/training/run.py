@@ -297,13 +297,14 @@ def load_adapter(model: PreTrainedModel, folder: RunFolder, trainable: bool = Fa
     Raises:
         PemlError: it does not fit the model, which may have changed since, or is damaged.
     """
-    check_base(folder, model.name_or_path)
     try:
-        return PeftModel.from_pretrained(model, str(folder.adapter), is_trainable=trainable)
+        adapted = PeftModel.from_pretrained(model, str(folder.adapter), is_trainable=trainable)
     except PemlError:
         raise
     except Exception as error:  # a configuration that was edited fails anywhere in PEFT or torch
         raise PemlError(f"{folder.adapter} cannot be loaded ({one_line(error)}): train it again") from error
+    check_base(folder, model.name_or_path)  # after PEFT, which knows better what is wrong where the shapes differ
+    return adapted
 
 
 def check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
