@@ -28,6 +28,9 @@ SECONDS, CALLERS = float(os.environ.get("PEML_LOAD_SECONDS", "15")), 24
 GROWTH = 96
 """MiB that the process, its callers included, may grow by in the later half: allocators keep what threads give back."""
 
+BUSY = (429, 504)
+"""What a server may say that has too much to do, or too little of a machine that others work on too."""
+
 MALFORMED = [(b"{", 400), (b"[]", 400), (b'{"model": 1}', 400), (b"x" * 5000, 413)]
 
 
@@ -76,7 +79,7 @@ def test_no_wrong_answer_and_nothing_left_over(tmp_path: Path) -> None:
             if what < 0.6:
                 status, body = server.post("/v1/completions", model=task, prompt=prompt, max_tokens=new)
                 seen[status] += 1
-                assert status == 429 or (status == 200 and body["choices"][0]["text"] == wanted[i]), body
+                assert status in BUSY or (status == 200 and body["choices"][0]["text"] == wanted[i]), body
             elif what < 0.75:
                 leave(server, rng, task)
                 seen["left"] += 1
@@ -94,7 +97,7 @@ def test_no_wrong_answer_and_nothing_left_over(tmp_path: Path) -> None:
             elif what < 0.95:
                 status, body = server.post("/v1/classify", model="size", input=prompt)
                 seen[f"classify {status}"] += 1
-                assert status == 429 or (status == 200 and logprobs(body) == pytest.approx(scored[i], abs=1e-4)), body
+                assert status in BUSY or (status == 200 and logprobs(body) == pytest.approx(scored[i], abs=1e-4)), body
             else:
                 read_slowly(server, task, prompt)
                 seen["slow"] += 1
@@ -106,9 +109,9 @@ def test_no_wrong_answer_and_nothing_left_over(tmp_path: Path) -> None:
             for _ in range(10):
                 time.sleep(SECONDS / 10)
                 sizes.append(round(resident()))
-            for call in calls:
-                call.result()
+            wrong = [error for call in calls if (error := call.exception()) is not None]
         print(f"{SECONDS:g} s: {dict(seen)}; MiB {sizes}")
+        assert not wrong, wrong
         assert sizes[-1] - sizes[4] < GROWTH, sizes
         assert waits_until(lambda: not service.engine.requests and service.engine.cache_free == 1.0)
         assert server.call("GET", "/health")[0] == 200

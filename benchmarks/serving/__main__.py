@@ -183,7 +183,8 @@ def markdown(data: dict[str, Any]) -> str:
         f"Command: `{data['command']}`.", "",
         "**Other work shared the core during all of it.** Throughput is therefore in seconds of a core that the "
         "server's process spent, its callers not counted: the median of ratios to the frozen base of the same round, "
-        "with quartiles. Latencies are of the wall clock, and stretched by the other work. fp32, random weights.",
+        "with quartiles; what the base again differs by is no difference. Latencies are of the wall clock, and "
+        "stretched by the other work. fp32, random weights.",
     ]  # fmt: skip
     for part in data["parts"]:
         lines += [

@@ -22,7 +22,7 @@ from peml import routing
 from peml.attention import flash, flex
 from peml.attention.scores import Sorted, attend_one, gate_bias, gate_channel
 from peml.errors import PemlError
-from peml.prompts.base import AttentionSlot, LayerPrefix
+from peml.prompts.base import AttentionSlot, LayerPrefix, SideBySide
 
 if TYPE_CHECKING:
     from peml.attention.host import PromptHost
@@ -98,7 +98,8 @@ def attend(
         return original(query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     prefix = _side_by_side(prefix)
-    if prefix.beside > 1 and implementation in APART:
+    alone = not isinstance(prefix, SideBySide)
+    if not alone and implementation in APART:
         raise PemlError(
             "a prefix per task cannot serve rows that pack several tasks in this attention: give one task per row, or "
             'call set_attn_implementation("sdpa") or ("eager")'
@@ -111,13 +112,7 @@ def attend(
         key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
         call = partial(original, scaling=scaling)
         return APART[implementation](call, query, key, value, attention_mask, prefix.num_tokens, gate, kwargs)  # type: ignore[no-any-return]
-    if (
-        query.shape[2] == 1
-        and implementation == "sdpa"
-        and plain
-        and prefix.beside == 1
-        and not torch.is_grad_enabled()
-    ):
+    if query.shape[2] == 1 and implementation == "sdpa" and plain and alone and not torch.is_grad_enabled():
         tables, rows = _tables(prefix, query)
         return attend_one(query, key, value, attention_mask, scaling, tables, gate, rows)
 
@@ -137,7 +132,7 @@ def attend(
         attention_mask = _over_prefix(attention_mask, prefix, query, key, implementation)
     else:
         # Every step has a mask of its own, and a route, if any; its layers have one mask for all.
-        forward, at = routing.current(), (id(attention_mask), p, prefix.beside)
+        forward, at = routing.current(), (id(attention_mask), p, alone)
         known = {} if forward is None or forward.route is None else forward.route.known
         if at not in known:
             known[at] = attention_mask, _over_prefix(attention_mask, prefix, query, key, implementation)
@@ -226,7 +221,7 @@ def _gather(prefix: LayerPrefix, query: Tensor, shared: bool) -> tuple[Tensor, T
 def _side_by_side(prefix: LayerPrefix) -> LayerPrefix:
     """For rows that pack several tasks their prefixes one beside the other; for others the prefix as it is."""
     forward = routing.current()
-    if prefix.beside > 1 or prefix.keys.shape[0] == 1 or forward is None or forward.by_row:
+    if isinstance(prefix, SideBySide) or prefix.keys.shape[0] == 1 or forward is None or forward.by_row:
         return prefix
     return prefix.side_by_side() if forward.route is not None and forward.route.per_token else prefix
 
@@ -237,7 +232,7 @@ def _over_prefix(
     """The mask over `[prefix; keys]`, or None if all is visible."""
     if mask is not None:
         mask = F.pad(mask, (prefix.num_tokens, 0), value=mask.dtype == torch.bool)
-    elif prefix.beside > 1:
+    elif isinstance(prefix, SideBySide):
         # To the eager function a mask is something to add.
         size, bools = (query.shape[2], prefix.num_tokens + key.shape[2]), implementation != "eager"
         mask = torch.ones(1, 1, *size, dtype=torch.bool, device=query.device) if bools else query.new_zeros(1, 1, *size)
@@ -246,11 +241,12 @@ def _over_prefix(
 
 def _without_others(mask: Tensor, prefix: LayerPrefix, query: Tensor) -> Tensor:
     """The mask over `[prefixes; keys]` in which nobody sees the prefix of another task."""
-    if prefix.beside == 1:
+    if not isinstance(prefix, SideBySide):
         return mask
     forward, p = routing.current(), prefix.num_tokens
     assert forward is not None and forward.route is not None
-    owners = torch.arange(prefix.beside, device=query.device).repeat_interleave(p // prefix.beside)
+    count = len(forward.route.present)
+    owners = torch.arange(count, device=query.device).repeat_interleave(p // count)
     index = forward.route.groups(query.shape[0], query.device)
     allowed = F.pad((index[:, :, None] == owners)[:, None], (0, mask.shape[-1] - p), value=True)
     return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, torch.finfo(query.dtype).min)

@@ -50,26 +50,26 @@ class LayerPrefix(NamedTuple):
     Shapes:
         keys, values: `[G, H, P, D]`, or `[B, H, P, D]` of a prompt that reads the rows.
         log_gate: `[P]`, or None when every gate is 0.
-
-    Args:
-        beside: prefixes that lie one beside the other in each; 1: one.
     """
 
     keys: Tensor
     values: Tensor
     log_gate: Tensor | None = None
-    beside: int = 1
 
     @property
     def num_tokens(self) -> int:
         """P."""
         return self.keys.shape[2]
 
-    def side_by_side(self) -> LayerPrefix:
+    def side_by_side(self) -> SideBySide:
         """Those of all G tasks in one, `[1, H, G P, D]`: for rows that pack several tasks."""
         groups, heads, tokens, size = self.keys.shape
         keys, values = (t.transpose(0, 1).reshape(1, heads, groups * tokens, size) for t in self[:2])
-        return LayerPrefix(keys, values, None if self.log_gate is None else self.log_gate.repeat(groups), groups)
+        return SideBySide(keys, values, None if self.log_gate is None else self.log_gate.repeat(groups))
+
+
+class SideBySide(LayerPrefix):
+    """The prefixes of all tasks present, one beside the other, of which a token sees its own task's."""
 
 
 class Prompt(nn.Module, ABC):
