@@ -328,12 +328,6 @@ def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], message: st
         mpt(tmp_path, **changes)
 
 
-def test_the_trainer_of_one_stage_is_not_the_regime(tmp_path: Path) -> None:
-    with pytest.raises(peml.PemlError, match="the recipe's regime is distil_then_adapt: call peml.train"):
-        peml.training.train(mpt(tmp_path), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_attempt_without_teachers_is_refused(tmp_path: Path) -> None:
     data = recipe(tmp_path) | {"method": "attempt", "set": {}, "regime": "joint"}
     with pytest.raises(Exception, match="needs prompts of source tasks"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -68,18 +67,17 @@ def test_python_runs(page: str, small_hub: None, no_gpu: None, tmp_path: Path, m
     namespace = kit.GIVEN[page](tmp_path) if page in kit.GIVEN else {}
     # A page that calls a server gets one.
     calls = any(kit.ADDRESS in block.text for block in by_page("python")[page])
+    skipped = []
     with kit.serving(tmp_path) if calls else nullcontext(kit.ADDRESS) as address:
         for block in by_page("python")[page]:
             if reason := block.says("skip"):
-                warnings.warn(f"{block} is not run: {reason}", DocsWarning, stacklevel=1)
+                skipped.append(f"{block}: {reason}")
                 continue
             # Line numbers of the page in tracebacks.
             text = "\n" * block.line + block.text.replace(kit.ADDRESS, address)
             exec(compile(text, str(kit.ROOT / page), "exec"), namespace)
-
-
-class DocsWarning(UserWarning):
-    """What pytest prints at its end."""
+    if skipped:
+        pytest.skip("; ".join(skipped))
 
 
 @pytest.mark.parametrize("block", blocks("bash"), ids=str)
@@ -122,6 +120,8 @@ SUITES = [{"suite": "glue", "include": ["mnli", "rte", "sst2", "cola"]}]
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)
 def test_yaml_is_a_recipe_or_a_part_of_one(block: Block) -> None:
+    if reason := block.says("skip"):
+        pytest.skip(f"{block}: {reason}")
     for part in kit.fragments(block.text):
         tasks = SUITES
         if named := part.get("mixing", {}).get("weights"):

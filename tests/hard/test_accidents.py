@@ -24,6 +24,7 @@ from models import TASKS, adapt, tiny, tokens
 from peml import PemlError
 from peml.cli import main
 from peml.export import export_run
+from peml.export.stock import UNFINISHED
 from peml.regimes import train
 from peml.training import RunFolder, load_recipe, open_run
 from peml.training.folder import alone
@@ -183,7 +184,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(
 
 def test_what_a_killed_export_left_is_in_nobodys_way(tmp_path: Path, tried: Tried) -> None:
     run = write_run(tmp_path, "lora")
-    left = tmp_path / f".out.{os.getpid()}"  # numbers of processes come again
+    left = tmp_path / f".out{UNFINISHED}{os.getpid()}"  # numbers of processes come again
     left.mkdir()
     (left / "half").write_text("half")
     done = export_run(run, "lora", output=tmp_path / "out")
