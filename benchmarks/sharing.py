@@ -89,11 +89,19 @@ def recipe_of(options: Namespace, way: dict[str, Any], seed: int) -> Recipe:
     return recipe if options.what == "toy" else matched(recipe)
 
 
+def trained_base(recipe: Recipe) -> PreTrainedModel:
+    """The base without what no task's answer comes from: heads do not read a pooler."""
+    base = load_base(recipe)[1]
+    if hasattr(base, "pooler"):
+        base.pooler = None
+    return base
+
+
 @functools.lru_cache(maxsize=1)
 def base_and_budget(model: str) -> tuple[PreTrainedModel, int]:
     """The encoder, and how many numbers one LoRA of the recipe trains; heads are the same in all rows."""
     recipe = Recipe.model_validate(yaml.safe_load(RECIPE.read_text(encoding="utf-8")) | {"model": model})
-    base = load_base(recipe)[1]
+    base = trained_base(recipe)
     return base, trainable_parameters(headless(recipe), base)
 
 
@@ -149,7 +157,7 @@ def numbers(recipe: Recipe, metrics: dict[str, Any]) -> tuple[int, int]:
     config = recipe.config()
     config.task_type, config.heads = "FEATURE_EXTRACTION", None
     config.set_groups(metrics.get("groups"))
-    active = attach(load_base(recipe)[1], config).base_model.active_parameters()
+    active = attach(trained_base(recipe), config).base_model.active_parameters()
     return metrics["parameters"]["adapter"], max(active.values())
 
 
