@@ -208,7 +208,12 @@ def summary(ways: Sequence[str], seeds: Sequence[int], found: Mapping[tuple[str,
                 "bill": [m["bill"] for m in own],
                 "learning_rates": own[0]["learning_rates"],
                 "gap": gaps,
-                "architectures": [m["architecture"] for m in own if "architecture" in m],
+                # Where one came from is a path of the machine.
+                "architectures": [
+                    {key: value for key, value in m["architecture"].items() if key != "origin"}
+                    for m in own
+                    if "architecture" in m
+                ],
             }
         )
     return rows
