@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import signal
@@ -19,6 +20,7 @@ import peml
 import peml.tuning.summary as summary
 import peml.tuning.trials as module
 from peml import PemlError
+from peml.evaluation.evaluate import measure
 from peml.methods import METHODS
 from peml.prompts import Architecture
 from peml.prompts.base import AttentionSlot, ModelShape
@@ -224,6 +226,24 @@ def test_held_out_rows_are_training_rows_and_no_others(tmp_path: Path) -> None:
     assert plain.shots() == held.shots(), "the examples in a prompt are those of the training itself"
     with pytest.raises(PemlError, match="rows that are streamed cannot be held out"):
         FileSource(train=path, **files, held_out=0.1, streaming=True)  # type: ignore[arg-type]
+
+
+def test_held_out_rows_without_a_part_are_measured_as_a_whole(tmp_path: Path) -> None:
+    rows = [{"text": f"row {n}", "label": ("no", "yes")[n % 2]} for n in range(20)]
+    path = write_rows(tmp_path / "train.jsonl", rows)
+    parts = write_rows(tmp_path / "eval.jsonl", [row | {"part": "near"} for row in rows])
+    source = FileSource(train=path, eval=parts, held_out=6)
+    settings = {"kind": "choose", "prompt": "{{ text }}", "answer": "label", "choices": ["no", "yes"], "group": "part"}
+    whole = Task(name="t", source=source, metrics=("accuracy", "accuracy/near"), score=("accuracy/near",), **settings)  # type: ignore[arg-type]
+    held = whole.examples("eval")
+    assert len(held) == 6 and {example.group for example in held} == {""}
+    assert measure(whole, [example.answer for example in held], held) == {"accuracy": 1.0, "score": 1.0}
+    with pytest.raises(PemlError, match="no row belongs to a group"):
+        measure(dataclasses.replace(whole, source=FileSource(train=path, eval=parts)), ["no"] * 6, held)
+    # Rows that are one answer together cannot be measured apart.
+    together = dataclasses.replace(whole, metrics=("group_exact_match",), score=("group_exact_match",))
+    with pytest.raises(PemlError, match="`group` names the field 'part', which the row lacks"):
+        together.examples("eval")
 
 
 def test_trials_are_trained_and_the_best_is_a_recipe(tmp_path: Path) -> None:

@@ -79,8 +79,8 @@ def score(values: Mapping[str, float], task: Task) -> float:
 
 
 def score_names(values: Mapping[str, float], task: Task) -> list[str]:
-    """The metrics that the score of a task is the mean of."""
-    return [name for name in task.score if name in values] or [task.metrics[0]]
+    """The metrics that the score of a task is the mean of; of rows that belong to no part, the first of the whole."""
+    return [name for name in task.score if name in values] or [next(name for name in task.metrics if name in values)]
 
 
 def average(results: Mapping[str, Mapping[str, float]], tasks: Mapping[str, Task]) -> float:
@@ -131,7 +131,7 @@ def measure(task: Task, predictions: Sequence[str], examples: Sequence[Example])
     names = [name for name in task.metrics if "/" not in name or name.partition("/")[2] in there]
     if not names:
         raise PemlError(f"task {task.name!r}: no row belongs to a group that its metrics {task.metrics} measure")
-    if not set(names) & set(task.score):
+    if not set(names) & set(task.score) and task.source.held_out is None:
         raise PemlError(f"task {task.name!r}: no row belongs to a group that its score {task.score} is made of")
     try:
         values = {name: compute(name, answers) for name in names}

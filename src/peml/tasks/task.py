@@ -167,8 +167,8 @@ class Task:
         ):
             check_characters(text, f"{where}: `{key}`")
         group = ""
-        # Training measures nothing, so its rows need not say.
-        if self.group is not None and (split == "eval" or self.group in row):
+        # Training measures nothing, so its rows need not say; those held out of it are then measured as a whole.
+        if self.group is not None and (self.group in row or (split == "eval" and not self._of_training)):
             group = as_text(field_of(row, self.group, f"{where}: `group`"), f"{where}: field {self.group!r}")
         references = self._references(row, where)
         return Example(self.name, prompt, answer, choices, origin, texts, value, group, references, turns=turns)
@@ -186,6 +186,12 @@ class Task:
         check_characters(prompt, f"{where}: `prompt`")
         turns: Turns = (("user", prompt.strip()),) if self.chat else ()
         return Example(self.name, prompt, "", choices, origin, turns=turns)
+
+    @property
+    def _of_training(self) -> bool:
+        """Whether rows that are measured on are training rows, and may do without the part that they belong to."""
+        kinds = {METRICS[name.partition("/")[0]].kind for name in self.metrics}
+        return self.source.held_out is not None and "group" not in kinds
 
     def _asked(self, row: Row, where: str, split: Split) -> tuple[Turns, str, str]:
         """The prompt as turns, if it is a conversation, and as plain text; and the raw answer."""
