@@ -241,6 +241,16 @@ def table(rows: Sequence[Mapping[str, Any]], against: str = "PEML") -> str:
     return "\n".join(lines)
 
 
+def recorded(name: str, terms: Mapping[str, Any], ways: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of the record that were trained on the same terms and are not trained now."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return []
+    record = {"tune": 0, **json.loads(path.read_text(encoding="utf-8"))}
+    same = all(record[key] == value for key, value in terms.items())
+    return [row for row in record["rows"] if same and row["way"] not in ways]
+
+
 def suite_parser(name: str, doc: str) -> ArgumentParser:
     """The command line of a benchmark on one of the suites."""
     parser = ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc.splitlines()[0])
@@ -272,17 +282,18 @@ def main() -> None:
     )
     # Seed by seed, so that what is there when somebody stops it compares.
     found = {(way, s): comparison.run(way, s) for s in seeds for way in options.ways}
-    rows = summary(options.ways, seeds, found)
-    text = table(rows)
     steps = comparison.suite["train"]["max_steps"]
+    record = {"steps": steps, "seeds": options.seeds, "tune": options.tune}
+    rows = recorded(f"search-{options.suite}", record, options.ways) + summary(options.ways, seeds, found)
+    rows.sort(key=lambda row: list(WAYS).index(row["way"]))
+    text = table(rows)
     head = (
         f"{steps} steps, seeds 0 to {options.seeds - 1}; mean and spread. "
         f"Learning rates: {f'{options.tune} trials for each row' if options.tune else 'the same for all rows'}.\n\n"
     )
     remark = f"\n\n{options.remark}" if options.remark else ""
-    record = {"steps": steps, "seeds": options.seeds, "rows": rows}
     title = f"Search on the {options.suite} tasks"
-    write_table(f"search-{options.suite}", title, f"{head}{text}{remark}", record)
+    write_table(f"search-{options.suite}", title, f"{head}{text}{remark}", record | {"rows": rows})
     print(text)
 
 

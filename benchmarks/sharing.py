@@ -17,6 +17,7 @@ import os
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from peml.training.run import attach
 from peml.training.workbench import load_base
 
 RESULTS = Path(__file__).parent / "results"
+CORE_SECONDS = "core_seconds.json"
 RECIPE = Path(__file__).parent.parent / "recipes" / "encoder.yaml"
 
 Ways = dict[str, dict[str, Any]]
@@ -134,8 +136,26 @@ def affinity(options: Namespace, seed: int) -> Affinity:
     if not (folder / "affinity.json").exists():
         recipe = Recipe.model_validate(base_of(options, seed) | {"method": "lora"})
         how = How(warmup_steps=options.warmup, batches=options.batches, batch_rows=16, clusters=options.clusters)
-        write_affinity(find_affinity(recipe, how), folder)
+        timed(folder, lambda: write_affinity(find_affinity(recipe, how), folder))
     return Affinity.load(folder)
+
+
+def timed(folder: Path, work: Callable[[], object]) -> None:
+    """Do what fills a folder, and leave in it the seconds of a core that it took, loading included.
+
+    Seconds of a core, because other work on the machine stretches these least.
+    """
+    begun = time.process_time()
+    work()
+    (folder / CORE_SECONDS).write_text(json.dumps(time.process_time() - begun), encoding="utf-8")
+
+
+def core_seconds_of(folders: Sequence[Path]) -> list[float] | None:
+    """What was written, by folder; None: not by all of them."""
+    files = [folder / CORE_SECONDS for folder in folders]
+    if not all(file.exists() for file in files):
+        return None
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def recovered(found: Affinity) -> bool:
@@ -146,10 +166,15 @@ def recovered(found: Affinity) -> bool:
 
 def run(options: Namespace, name: str, way: dict[str, Any], seed: int) -> dict[str, Any]:
     """Scores and cost of one job."""
-    folder = RunFolder(Path(options.work) / f"{name.replace(' ', '-').replace(',', '')}-{seed}")
+    folder = run_folder(options, name, seed)
     if not folder.finished:
-        peml.train(recipe_of(options, way, seed), folder.path, overwrite=folder.is_run)
+        recipe = recipe_of(options, way, seed)
+        timed(folder.path, lambda: peml.train(recipe, folder.path, overwrite=folder.is_run))
     return folder.read_metrics()
+
+
+def run_folder(options: Namespace, name: str, seed: int) -> RunFolder:
+    return RunFolder(Path(options.work) / f"{name.replace(' ', '-').replace(',', '')}-{seed}")
 
 
 def numbers(recipe: Recipe, metrics: dict[str, Any]) -> tuple[int, int]:
@@ -185,7 +210,9 @@ def table(options: Namespace, ways: Ways) -> tuple[str, list[dict[str, Any]]]:
             lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         lines.append(f"| {' | '.join(cells)} |")
         records.append({"method": name, "average": average, "scores": scores, "total": total, "active": active,
-                        "seconds": [m["train_seconds"] for m in own]})  # fmt: skip
+                        "seconds": [m["train_seconds"] for m in own],
+                        "core_seconds": core_seconds_of([run_folder(options, name, seed).path for seed in seeds]),
+                        })  # fmt: skip
     return "\n".join(lines), records
 
 
@@ -205,6 +232,7 @@ def main() -> None:
     parser.add_argument("--train-rows", type=int, help="of each task; default 128, and as the recipe says")
     parser.add_argument("--eval-rows", type=int, help="of each task; default 60, and all")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--name", help="of the record; default sharing-WHAT")
     options = parser.parse_args()
     toy = options.what == "toy"
     options.work = options.work or f"runs/sharing-{options.what}"
@@ -226,12 +254,21 @@ def main() -> None:
     rows, records = table(options, ways)
     spent = statistics.mean(found.seconds["total"] for found in measured)
     parts = [f"# Which tasks share: {'two families of toy tasks' if toy else 'eight GLUE tasks'}"]
+    over = f"mean and standard deviation over {options.seeds} seeds" if options.seeds > 1 else "seed 0"
     parts.append(
-        f"{options.steps} steps, mean and standard deviation over {options.seeds} seeds, scores in per cent; clusters "
+        f"{options.steps} steps, {over}, scores in per cent; clusters "
         f"are those of `peml affinity`: {options.warmup} steps of warm-up, {options.batches} batches of 16 rows a "
         f"task, {spent:.0f} s on average{'' if options.clusters is None else f'; cut into {options.clusters}'}."
     )
     parts.append(rows)
+    spent_cores = core_seconds_of([affinity_folder(options, seed) for seed in range(options.affinity_seeds)])
+    for row in records:
+        if spent_cores and row["core_seconds"]:
+            own, whole = statistics.mean(spent_cores), statistics.mean(row["core_seconds"])
+            parts.append(
+                f"Affinity takes {own:.0f} s of a core, loading included: {100 * own / whole:.1f} % of the "
+                f"{whole:.0f} s that {row['method']} takes from its rows to its scores."
+            )
     if toy:
         hits = sum(map(recovered, measured))
         parts.append(f"Affinity recovers the families for {hits} of {len(measured)} seeds.")
@@ -245,8 +282,9 @@ def main() -> None:
             line += f"{max(from_seed.agreement.values()):.2f}"
         lines.append(line)
     parts.append("\n".join(lines))
-    (options.out / f"sharing-{options.what}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    settings = {k: v for k, v in vars(options).items() if k not in ("work", "data", "model", "out")}
+    name = options.name or f"sharing-{options.what}"
+    (options.out / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    settings = {k: v for k, v in vars(options).items() if k not in ("work", "data", "model", "out", "name")}
     found = [{"clusters": own, "score": m.clustering.score, "cosines": m.cosines,
              "agreement": m.agreement, "seconds": m.seconds}
              for own, m in zip(clusters, measured, strict=True)]  # fmt: skip
@@ -255,8 +293,9 @@ def main() -> None:
         "options": settings,
         "affinity": found,
         "rows": records,
+        "affinity_core_seconds": spent_cores,
     }
-    (options.out / f"sharing-{options.what}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (options.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print("\n\n".join(parts))
 
 
