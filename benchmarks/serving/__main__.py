@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes whose memory is read")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
+    parser.add_argument("--remark", default="", help="put above the tables")
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round, nothing written")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -59,10 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.no_memory:
         for part in parts:
             part["memory_mib"] = of_children(part["shape"])
-    command = " ".join(["python -m benchmarks.serving", *(sys.argv[1:] if arguments is None else arguments)])
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--remark" in given:
+        del given[given.index("--remark") : given.index("--remark") + 2]
+    command = " ".join(["python -m benchmarks.serving", *given])
     data = {
         "name": "serving", "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command,
-        "seed": options.seed, **environment(1), "system": platform.platform(), "parts": parts,
+        "seed": options.seed, **environment(1), "system": platform.platform(), "remark": options.remark, "parts": parts,
     }  # fmt: skip
     text = markdown(data)
     print(text)
@@ -181,10 +185,11 @@ def markdown(data: dict[str, Any]) -> str:
         f"{machine['vector_units']}; " + ", ".join(f"{name} {number}" for name, number in versions.items())
         + f"; seed {data['seed']}.",
         f"Command: `{data['command']}`.", "",
-        "**Other work shared the core during all of it.** Throughput is therefore in seconds of a core that the "
-        "server's process spent, its callers not counted: the median of ratios to the frozen base of the same round, "
-        "with quartiles; what the base again differs by is no difference. Latencies are of the wall clock, and "
-        "stretched by the other work. fp32, random weights.",
+        "Throughput is in seconds of a core that the server's process spent, its callers not counted, which other "
+        "work on the machine stretches least: the median of ratios to the frozen base of the same round, with "
+        "quartiles; what the base again differs by is no difference. Latencies are of the wall clock. fp32, random "
+        "weights.",
+        *(["", data["remark"]] if data["remark"] else []),
     ]  # fmt: skip
     for part in data["parts"]:
         lines += [

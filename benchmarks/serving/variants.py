@@ -28,6 +28,8 @@ SHAPES: dict[str, dict[str, int]] = {
                "num_key_value_heads": 2, "vocab_size": 4096},
     "512/4L": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8,
                "num_key_value_heads": 8, "vocab_size": 4096},
+    "1024/8L": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
+                "num_key_value_heads": 8, "vocab_size": 4096},
     "tiny": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
              "num_key_value_heads": 2, "vocab_size": 64},
 }  # fmt: skip
