@@ -6,12 +6,13 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
-from benchmarks import command, decode, end_to_end, groups, layers, merged, prefix, searching, soft, tasks
+from benchmarks import command, decode, end_to_end, every, groups, layers, merged, prefix, searching, soft, tasks
 
 RUNS = {
     "layers": layers,
     "groups": groups,
     "end-to-end": end_to_end,
+    "every": every,
     "tasks": tasks,
     "decode": decode,
     "merged": merged,

@@ -80,11 +80,11 @@ def _variant(site: Site, name: str, prompt: PromptConfig | None, kind: Any, deri
         tuner.prompt.set_progress(0.75)
         if derived:
             tuner.prompt.derive()
-    step = site.variant(name, _Penalised(model), kind, BESIDE if kind == "peml" else None)
+    step = site.variant(name, Penalised(model), kind, BESIDE if kind == "peml" else None)
     return replace(step, setting="" if prompt is None else type(prompt).__name__)
 
 
-class _Penalised(nn.Module):
+class Penalised(nn.Module):
     """A model whose loss has the penalties of its prompt in it."""
 
     def __init__(self, model: nn.Module) -> None:

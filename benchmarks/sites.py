@@ -85,16 +85,18 @@ class Site:
         num_tasks: T; `ids` need not use them all.
         train: gradients flow through `args` and `kwargs` that require them, and dropout is on.
         outputs: what of the module's output is looked at.
+        calls: what of the module is called; itself, unless said otherwise.
     """
 
     base: nn.Module
-    targets: list[str] | str
+    targets: list[str] | str | None
     ids: list[int]
     num_tasks: int
     train: bool
     args: tuple[Tensor, ...] = ()
     kwargs: Mapping[str, Tensor] = field(default_factory=dict)
     outputs: Callable[[Any], Outputs] = lambda output: output
+    calls: Callable[[Any], Callable[..., Any]] = lambda module: module
 
     def __post_init__(self) -> None:
         self.base.requires_grad_(False)
@@ -112,12 +114,12 @@ class Site:
         """Calls of `module` with this site's inputs and the keywords `call`."""
         module.train(self.train)
         shake(module)
-        args, kwargs, outputs = self.args, {**self.kwargs, **call}, self.outputs
+        args, kwargs, outputs, run = self.args, {**self.kwargs, **call}, self.outputs, self.calls(module)
         trained = [p for p in module.parameters() if p.requires_grad]
         inputs = [t for t in (*args, *self.kwargs.values()) if t.requires_grad]
         return Variant(
             name,
-            lambda: outputs(module(*args, **kwargs)),
+            lambda: outputs(run(*args, **kwargs)),
             kind,
             leaves=(*trained, *inputs),
             held=(*module.parameters(), *module.buffers()),
@@ -128,7 +130,7 @@ class Site:
         """The frozen module and its twin."""
         return [self.variant(name, self.copy(), "floor") for name in (FLOOR, TWIN)]
 
-    def attach(self, adapter: AdapterConfig, num_tasks: int | None = None, **config: Any) -> nn.Module:
+    def attach(self, adapter: AdapterConfig | None, num_tasks: int | None = None, **config: Any) -> nn.Module:
         """A copy with a peml adapter."""
         # Imported here: the environment of adapterhub.py, which needs the rest of this file, has neither.
         from peft import get_peft_model
@@ -137,7 +139,7 @@ class Site:
 
         names = [f"task{i}" for i in range(num_tasks or self.num_tasks)]
         # Their own list: PEFT writes into the one that it is given.
-        targets = self.targets if isinstance(self.targets, str) else list(self.targets)
+        targets = list(self.targets) if isinstance(self.targets, list) else self.targets
         settings = peml.PemlConfig(task_names=names, adapter=adapter, target_modules=targets, **config)
         return get_peft_model(self.copy(), settings)
 
