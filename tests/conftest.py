@@ -4,6 +4,7 @@ import ipaddress
 import os
 import random
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,24 @@ def shared_path(pytestconfig: pytest.Config) -> Callable[[str], Path]:
         return root / name
 
     return resolve
+
+
+@pytest.fixture
+def peml(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run `peml ARGS` on a wide terminal; returns exit code, output and errors."""
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        # Not above: the Hugging Face libraries behind it would be imported for every test.
+        from peml.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["peml", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "160")
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from peml import PemlError
 from peml.affinity import Affinity, How, cluster, find_affinity, write_affinity
 from peml.affinity.measure import Measured, _draws, measure
 from peml.affinity.transfer import transfer
-from peml.cli import main
 from peml.regimes import train
 from peml.tasks.encode import IGNORED, Encoded
 from peml.training import MultiTaskTrainer
@@ -216,17 +215,7 @@ def test_wrong_measurements_are_refused() -> None:
             How(**settings)
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["peml", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "160")
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
-
-
-def test_the_command_leaves_a_measurement(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_leaves_a_measurement(peml: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     path, out = write_recipe(tmp_path), tmp_path / "out"
     options = [
         "--output",
@@ -242,9 +231,8 @@ def test_the_command_leaves_a_measurement(
         "--clusters",
         "2",
     ]
-    assert call(monkeypatch, "affinity", path, *options) == 0
-    said = capsys.readouterr().out
-    assert "cluster 1  size" in said and "cluster 2  color" in said and "warm-up" in said
+    code, said, _ = peml("affinity", path, *options)
+    assert code == 0 and "cluster 1  size" in said and "cluster 2  color" in said and "warm-up" in said
     found = Affinity.load(out)
     assert found.tasks == ["size", "color"] and found.settings["adapter"] == {"adapter.r": 2}
     assert (
@@ -253,8 +241,8 @@ def test_the_command_leaves_a_measurement(
         and next(iter(found.blocks)).endswith("layers.0")
     )
     assert np.allclose(np.diag(found.cosines), 1) and found.lookahead is not None
-    assert call(monkeypatch, "affinity", path, "--output", out) == 2
-    assert "add --overwrite" in capsys.readouterr().err
+    code, _, errors = peml("affinity", path, "--output", out)
+    assert code == 2 and "add --overwrite" in errors
 
 
 def test_the_base_is_left_as_it_was(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import peml
 from models import adapt, shake, tiny, tokens
 from peml import PemlError, PrefixNAS
 from peml.export import to_peft_prompt
@@ -327,16 +326,9 @@ def test_a_training_with_it_searches_nothing_and_needs_no_file(tmp_path: Path) -
     assert folder.finished
 
 
-def test_the_command_line_takes_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    import sys
-
-    from peml.cli import main
-
+def test_the_command_line_takes_one(peml, tmp_path: Path) -> None:
     path = FOUND.save(tmp_path / "found.json")
     arguments = recipe(tmp_path)["train"] | {"max_steps": 2}
-    command = ["peml", "train", str(write_recipe(tmp_path, train=arguments)), "--output", str(tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", [*command, "--architecture", str(path)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 0
-    assert peml.prompts.Architecture.from_dict(load_recipe(tmp_path / "run" / "recipe.yaml").architecture) == FOUND
+    command = ("train", write_recipe(tmp_path, train=arguments), "--output", tmp_path / "run", "--architecture", path)
+    assert peml(*command)[0] == 0
+    assert Architecture.from_dict(load_recipe(tmp_path / "run" / "recipe.yaml").architecture) == FOUND

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ import yaml
 from transformers import LlamaConfig
 
 from chat import CHATML, chat_tokenizer
-from peml.cli import main
 from peml.errors import PemlError
 from peml.tasks import Task
 from peml.tasks.source import FileSource
@@ -134,19 +131,6 @@ def write_recipe(folder: Path, model: Path | str, *tasks: dict[str, Any]) -> Pat
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({"model": str(model), "method": "lora", "tasks": list(tasks)}), encoding="utf-8")
     return path
-
-
-@pytest.fixture
-def peml(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peml", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "160")
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.mark.parametrize("damage", DAMAGED)

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from peml.cli import main
 from peml.training import RunFolder
 from peml.training.recipe import load_recipe
 from suite_files import write_suite
 from workshop import recipe, write_recipe
-
-
-@pytest.fixture
-def peml(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> object:
-    """Run `peml ARGS`; returns exit code, output and errors."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peml", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "160")
-        with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context():
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def test_a_run_is_trained_inspected_and_measured(peml, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

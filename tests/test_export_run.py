@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ from transformers import AutoModelForCausalLM
 import peml
 from export_kit import PLAIN, write_run
 from peml import PemlError
-from peml.cli import main
 from peml.export import FORMATS, export_run, lint, push
 from peml.export.card import card
 from peml.export.check import Checked, Order, answers, check_fresh
@@ -295,14 +293,10 @@ def test_the_hub_gets_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         push(done.folder, "me/it")
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(peml: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     run = write_run(tmp_path, "lora")
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setattr(sys, "argv", ["peml", "export", str(run), "--to", "lora", "--check"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    out = capsys.readouterr().out
-    assert not ended.value.code and "loads without peml; logits differ by" in out and "the same greedy answers" in out
+    code, out, _ = peml("export", run, "--to", "lora", "--check")
+    assert code == 0 and "loads without peml; logits differ by" in out and "the same greedy answers" in out
     assert "note: the same for all tasks" in out and (run / "export" / "lora" / "README.md").exists()
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 from export_kit import draw_run, write_run
-from peml.cli import main
 from peml.errors import PemlError
 from peml.evaluation.scoring import ENCODE_CHOICES, generate_answers, log_likelihoods
 from peml.harness import Routes, measure_run, read_routes
@@ -204,18 +203,6 @@ def test_its_own_command_line(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "|size" in done.stdout and list((tmp_path / "out").rglob("results_*.json"))
-
-
-@pytest.fixture
-def peml(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Any]]:
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peml", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    yield call
 
 
 @needs_it

@@ -19,24 +19,11 @@ from typing import Any
 import pytest
 
 from export_kit import write_run
-from peml.cli import main
 from peml.evaluation.scoring import generate_answers, score_choices
 from peml.generate import read_prompts
 from peml.training import open_run
 
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def peml(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peml", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def test_answers_are_those_of_evaluation(peml: Call, tmp_path: Path) -> None:

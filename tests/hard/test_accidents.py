@@ -22,7 +22,6 @@ import peml
 from export_kit import write_run
 from models import TASKS, adapt, tiny, tokens
 from peml import PemlError
-from peml.cli import main
 from peml.export import export_run
 from peml.export.stock import UNFINISHED
 from peml.regimes import train
@@ -31,6 +30,7 @@ from peml.training.folder import alone
 from peml.training.steps import BalancedSteps
 from workshop import recipe, write_model, write_recipe, write_rows
 
+Called = Callable[..., tuple[int, str, str]]
 Tried = Callable[..., None]
 QUICK = {"method": "lora", "set": {}, "evaluate_before": False}
 
@@ -143,13 +143,10 @@ def test_an_adapter_of_a_later_version_is_refused(tmp_path: Path, version: str, 
     tried("an adapter of a later version, with keys that this one does not know: refused", 1)
 
 
-def said(arguments: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+def said(ended: tuple[int, str, str]) -> str:
     """What the command line says of a mistake: one sentence and exit code 2."""
-    monkeypatch.setattr(sys, "argv", ["peml", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    errors = capsys.readouterr().err
-    assert ended.value.code == 2 and errors.count("error: ") == 1 and "Traceback" not in errors, errors
+    code, _, errors = ended
+    assert code == 2 and errors.count("error: ") == 1 and "Traceback" not in errors, errors
     return errors
 
 
@@ -157,28 +154,22 @@ def said(arguments: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"), MemoryError("1 GiB")], ids=repr
 )
 def test_out_of_memory_says_what_to_lower(
-    error: BaseException,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tried: Tried,
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peml: Called, tried: Tried
 ) -> None:
     def full(*args: Any, **kwargs: Any) -> Any:
         raise error
 
     monkeypatch.setattr("peml.training.run.MultiTaskTrainer.train", full)
-    errors = said(["train", written(tmp_path), "--output", tmp_path / "run"], monkeypatch, capsys)
+    errors = said(peml("train", written(tmp_path), "--output", tmp_path / "run"))
     assert "out of memory: below train lower per_device_train_batch_size" in errors and "1 GiB" in errors
     tried("memory that runs out in a training: one sentence that says what to lower", 1)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/sys cannot be written, even by root, on Linux alone")
-def test_a_folder_that_cannot_be_written_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tried: Tried
-) -> None:
-    assert "/sys/run" in said(["train", written(tmp_path), "--output", "/sys/run"], monkeypatch, capsys)
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path, peml: Called, tried: Tried) -> None:
+    assert "/sys/run" in said(peml("train", written(tmp_path), "--output", "/sys/run"))
     run = write_run(tmp_path / "other", "lora")
-    assert "/sys/lora" in said(["export", run, "--to", "lora", "--output", "/sys/lora"], monkeypatch, capsys)
+    assert "/sys/lora" in said(peml("export", run, "--to", "lora", "--output", "/sys/lora"))
     tried("a folder that cannot be written, for a training and for an export: refused", 2)
 
 
