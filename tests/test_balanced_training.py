@@ -27,7 +27,7 @@ from peml.training.data import TaskRows
 from peml.training.gradients import TaskGradients, conflicts, rows_of
 from peml.training.recipe import Recipe
 from peml.training.trainer import MultiTaskTrainer
-from workshop import recipe, write_model
+from workshop import killed_in_step, recipe, write_model
 
 
 def run(folder: Path, name: str, train_with: dict[str, Any] | None = None, **changes: Any) -> RunFolder:
@@ -120,26 +120,12 @@ def test_other_means_train(tmp_path: Path) -> None:
 STATEFUL = ("uncertainty", "dwa", "gradnorm", "pcgrad")
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("by", ["coba", "famo", *(pytest.param(by, marks=pytest.mark.slow) for by in STATEFUL)])
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, by: str) -> None:
     more = {"max_steps": 11, "save_steps": 4, "logging_steps": 1, "per_device_train_batch_size": 7}
     straight = run(tmp_path, "straight", more, balance=settings(by))
-    original, steps = MultiTaskTrainer.training_step, []
-
-    def dies(self: MultiTaskTrainer, *args: Any, **kwargs: Any) -> Any:
-        steps.append(1)
-        if len(steps) == 7:
-            raise Killed
-        return original(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MultiTaskTrainer, "training_step", dies)
-        with pytest.raises(Killed):
-            run(tmp_path, "broken", more, balance=settings(by))
+    with killed_in_step(7):
+        run(tmp_path, "broken", more, balance=settings(by))
     broken = RunFolder(tmp_path / "broken")
     resumed = train(Recipe.model_validate(load_recipe_data(broken)), broken.path, resume=True)
     for key, value in weights(straight).items():

@@ -17,7 +17,7 @@ from peml.regimes import train
 from peml.training import RunFolder, open_run
 from peml.training.recipe import Recipe
 from peml.training.trainer import MultiTaskTrainer
-from workshop import recipe, write_model
+from workshop import killed_in_step, recipe, write_model
 
 
 def scored(scores: list[float]) -> Callable[..., Any]:
@@ -92,21 +92,8 @@ def test_epochs_are_evaluated_one_by_one(tmp_path: Path) -> None:
 
 
 def test_patience_outlives_an_interruption(tmp_path: Path) -> None:
-    class Killed(BaseException):
-        pass
-
-    original, seen = MultiTaskTrainer.training_step, []
-
-    def dies(self: MultiTaskTrainer, *args: Any, **kwargs: Any) -> Any:
-        seen.append(1)
-        if len(seen) == 8:
-            raise Killed
-        return original(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MultiTaskTrainer, "training_step", dies)
-        with pytest.raises(Killed):
-            run(tmp_path, [0.5, 0.4, 0.3], early_stopping_patience=3)
+    with killed_in_step(8):
+        run(tmp_path, [0.5, 0.4, 0.3], early_stopping_patience=3)
     folder = run(tmp_path, [0.2, 0.9], early_stopping_patience=3, resume=True)
     assert steps(folder) == [2, 4, 6, 8] and folder.read_metrics()["kept"]["step"] == 2
     # Killed during the last evaluation: what had stopped stays stopped, and the best step is still the best.

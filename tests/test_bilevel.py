@@ -24,7 +24,7 @@ from peml.training import MultiTaskTrainer, RunFolder, TaskRows
 from peml.training.bilevel import only, unrolled_gradient
 from peml.training.recipe import Recipe
 from peml.training.regime import Alternate, Unrolled
-from workshop import recipe, write_model
+from workshop import killed_in_step, recipe, write_model
 
 # The second-order gradient by itself
 
@@ -399,23 +399,10 @@ def run(folder: Path, name: str, how: Any, resume: bool = False, **train: Any) -
 
 @pytest.mark.parametrize("how", ["alternate", "unrolled"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path, how: str) -> None:
-    class Killed(BaseException):
-        pass
-
-    original, seen = MultiTaskTrainer.training_step, []
-
-    def dies(self: MultiTaskTrainer, *args: Any, **kwargs: Any) -> Any:
-        seen.append(1)
-        if len(seen) == 8:
-            raise Killed
-        return original(self, *args, **kwargs)
-
     train = {"save_steps": 3, "architecture_learning_rate": 0.05}
     whole = run(tmp_path, "whole", how, **train)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MultiTaskTrainer, "training_step", dies)
-        with pytest.raises(Killed):
-            run(tmp_path, "broken", how, **train)
+    with killed_in_step(8):
+        run(tmp_path, "broken", how, **train)
     assert (tmp_path / "broken/checkpoints/checkpoint-6/architecture.safetensors").exists()
     again = run(tmp_path, "broken", how, resume=True, **train)
     one, two = (load_file(each.adapter / "adapter_model.safetensors") for each in (whole, again))

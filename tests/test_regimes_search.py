@@ -15,9 +15,9 @@ from torch import Tensor
 import peml
 from peml import PemlError
 from peml.prompts import Architecture
-from peml.training import MultiTaskTrainer, RunFolder, load_recipe, open_run
+from peml.training import RunFolder, load_recipe, open_run
 from peml.training.recipe import Recipe
-from workshop import recipe, write_model
+from workshop import killed_in_step, recipe, write_model
 
 
 def run(folder: Path, name: str, how: Any, resume: bool = False, console: Any = None, **changes: Any) -> RunFolder:
@@ -126,23 +126,10 @@ def test_rows_that_will_not_do_for_both_stages_are_refused_before_the_first(tmp_
 
 @pytest.mark.parametrize("dies_at", [3, 8])
 def test_it_is_resumed_in_either_stage(tmp_path: Path, dies_at: int) -> None:
-    class Killed(BaseException):
-        pass
-
-    original, seen = MultiTaskTrainer.training_step, []
-
-    def dies(self: MultiTaskTrainer, *args: Any, **kwargs: Any) -> Any:
-        seen.append(1)
-        if len(seen) == dies_at:
-            raise Killed
-        return original(self, *args, **kwargs)
-
     train = {"save_steps": 2, "architecture_learning_rate": 0.05}
     whole = run(tmp_path, "whole", "sequential", train=train)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MultiTaskTrainer, "training_step", dies)
-        with pytest.raises(Killed):
-            run(tmp_path, "broken", "sequential", train=train)
+    with killed_in_step(dies_at):
+        run(tmp_path, "broken", "sequential", train=train)
     again = run(tmp_path, "broken", "sequential", resume=True, train=train)
     one, two = weights(whole), weights(again)
     assert one.keys() == two.keys() and all(torch.equal(value, two[key]) for key, value in one.items())

@@ -23,7 +23,7 @@ from peml.training.collapse import collapsed, majority_scores
 from peml.training.recipe import Recipe
 from peml.training.search import SearchSchedule, gap_of, steps_of_search
 from test_regimes_search import run, weights
-from workshop import recipe, rows, write_rows
+from workshop import killed_in_step, recipe, rows, write_rows
 
 
 def entries(folder: RunFolder) -> list[dict[str, Any]]:
@@ -96,23 +96,10 @@ def test_a_search_that_is_kept_as_it_is_is_measured_too(tmp_path: Path) -> None:
 def test_record_and_bill_outlive_an_interruption(tmp_path: Path, dies_at: int) -> None:
     """Before the end of the search, and behind it."""
 
-    class Killed(BaseException):
-        pass
-
-    original, seen = MultiTaskTrainer.training_step, []
-
-    def dies(self: MultiTaskTrainer, *args: Any, **kwargs: Any) -> Any:
-        seen.append(1)
-        if len(seen) == dies_at:
-            raise Killed
-        return original(self, *args, **kwargs)
-
     train = {"save_steps": 3, "finetune_fraction": 0.4}
     whole = run(tmp_path, "whole", "joint", train=train)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MultiTaskTrainer, "training_step", dies)
-        with pytest.raises(Killed):
-            run(tmp_path, "broken", "joint", train=train)
+    with killed_in_step(dies_at):
+        run(tmp_path, "broken", "joint", train=train)
     folder = RunFolder(tmp_path / "broken")
     kept = [entry["elapsed_seconds"] for entry in entries(folder) if entry.get("checkpoint")]
     again = run(tmp_path, "broken", "joint", resume=True, train=train)
@@ -226,20 +213,8 @@ def test_every_run_has_a_bill_and_the_command_line_shows_it(tmp_path: Path) -> N
 def test_the_architecture_is_there_when_the_search_has_ended(tmp_path: Path) -> None:
     """A training that is stopped afterwards leaves it behind."""
 
-    class Killed(BaseException):
-        pass
-
-    original = MultiTaskTrainer.training_step
-
-    def dies(self: MultiTaskTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 9:
-            raise Killed
-        return original(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MultiTaskTrainer, "training_step", dies)
-        with pytest.raises(Killed):
-            run(tmp_path, "run", "joint")
+    with killed_in_step(10):
+        run(tmp_path, "run", "joint")
     found = Architecture.load(tmp_path / "run" / "architecture.json")
     assert found.derived and found.origin["tasks"] == ["size", "color"]
     assert found.origin["steps"] == 9 and found.origin["seed"] == 0

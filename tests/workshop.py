@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from peml.training import MultiTaskTrainer
 
 WORDS = ["big", "small", "red", "blue", "cat", "dog", "tree", "yes", "no", "after", "before", "color", ":", "?", "one"]
 
@@ -92,3 +97,24 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(folder, **changes)), encoding="utf-8")
     return path
+
+
+class Killed(BaseException):
+    """In place of a signal: nothing that handles errors catches it."""
+
+
+@contextmanager
+def killed_in_step(number: int) -> Iterator[None]:
+    """A training inside the block ends as if by a signal when it begins this step, counted from 1."""
+    original, begun = MultiTaskTrainer.training_step, []
+
+    def dies(self: MultiTaskTrainer, *args: Any, **kwargs: Any) -> Any:
+        begun.append(1)
+        if len(begun) == number:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MultiTaskTrainer, "training_step", dies)
+        with pytest.raises(Killed):
+            yield
