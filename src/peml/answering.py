@@ -51,12 +51,7 @@ class Answering(Attached):
         device = next(p for name, p in self.model.named_parameters() if not name.startswith(HEADS)).device
         if "meta" not in (device.type, heads.weight.device.type):
             heads.to(device)
-        trained = [(parameter, parameter.requires_grad) for parameter in host.parameters()]
-        host.peml_head[adapter_name] = heads
-        host.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # type: ignore[operator]
-        for parameter, requires_grad in trained:
-            # A further adapter, perhaps for inference only, must not freeze the one in training.
-            parameter.requires_grad = requires_grad
+        self._hold(host, host.peml_head, adapter_name, heads)
 
     def _check_layers(self, heads: Heads) -> None:
         settings: Any = getattr(self.model, "config", None)

@@ -70,6 +70,16 @@ class Attached(BaseTuner):
         host, name = self._head_host(), self.adapter_in_force or ""
         return None if host is None or name not in host.peml_head else host.peml_head[name]  # type: ignore[return-value]
 
+    def _hold(self, host: PromptHost | HeadHost, held: nn.ModuleDict, adapter_name: str, part: nn.Module) -> None:
+        """Put an adapter's part among those that a host holds."""
+        config = self.peft_config[adapter_name]
+        trained = [(parameter, parameter.requires_grad) for parameter in host.parameters()]
+        held[adapter_name] = part
+        host.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # type: ignore[operator]
+        for parameter, requires_grad in trained:
+            # A further adapter, perhaps for inference only, must not freeze the one in training.
+            parameter.requires_grad = requires_grad
+
     def _banks(self) -> list[BankLinear]:
         # Asked in every forward, and to walk a large model takes as long as a layer.
         if self._bank_layers is None:

@@ -45,12 +45,7 @@ class Prompting(Attached):
             prompt.to(device)
             if isinstance(config.prompt, WordPromptConfig) and not config.stored:
                 self._begin_at_words(prompt, config.prompt)
-        trained = [(parameter, parameter.requires_grad) for parameter in host.parameters()]
-        host.peml_prompt[adapter_name] = prompt
-        host.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # type: ignore[operator]
-        for parameter, requires_grad in trained:
-            # A further adapter, perhaps for inference only, must not freeze the one in training.
-            parameter.requires_grad = requires_grad
+        self._hold(host, host.peml_prompt, adapter_name, prompt)
 
     @torch.no_grad()
     def _begin_at_words(self, prompt: Any, config: WordPromptConfig) -> None:

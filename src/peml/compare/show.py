@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -16,9 +15,10 @@ from peml.compare.folder import Job
 from peml.compare.plan import Plan
 from peml.compare.words import average_words, count_words, interval_words, p_words, signed
 from peml.training.folder import RunFolder
+from peml.training.progress import LiveView
 
 
-class CompareView:
+class CompareView(LiveView):
     """One row for each method, one cell for each of its jobs, while they go on.
 
     Args:
@@ -34,15 +34,6 @@ class CompareView:
         counted = "max_steps" in train or "num_train_epochs" not in train
         self.steps = int(plan.recipe.setting("max_steps")) if counted else 0
         self.live = Live(self._table(set(), set(), {}), console=console, transient=True, refresh_per_second=2)
-
-    def __enter__(self) -> CompareView:
-        self.live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.live.stop()
 
     def update(self, done: Collection[Job], running: Collection[Job], failures: Mapping[str, str]) -> None:
         """Where the jobs are now."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +19,9 @@ from rich.progress import (
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peml.training.folder import RunFolder
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 def progress_bar(console: Console) -> Progress:
@@ -30,6 +35,21 @@ def progress_bar(console: Console) -> Progress:
         console=console,
         transient=True,
     )
+
+
+class LiveView:
+    """What is drawn anew on the terminal for as long as a `with` block lasts; `live` is what draws it."""
+
+    live: Live
+
+    def __enter__(self) -> Self:
+        self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.live.stop()
 
 
 class RunLog(TrainerCallback):

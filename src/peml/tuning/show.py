@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group
@@ -12,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from peml.training.progress import progress_bar
+from peml.training.progress import LiveView, progress_bar
 from peml.training.ranges import Tune
 from peml.tuning.summary import summary_of
 
@@ -20,7 +19,7 @@ _BEST = 10
 """Trials in the table."""
 
 
-class TuningView:
+class TuningView(LiveView):
     """The best trials so far, and how far the present one is.
 
     Args:
@@ -36,15 +35,6 @@ class TuningView:
         self.all = self.bar.add_task("trials", total=section.trials)
         self.one = self.bar.add_task("", total=measurements, visible=False)
         self.live = Live(self._view(), console=console, transient=True, refresh_per_second=4)
-
-    def __enter__(self) -> TuningView:
-        self.live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.live.stop()
 
     def begin(self, number: int) -> None:
         """A trial begins."""
