@@ -21,6 +21,7 @@ ROOMS = [
     "prompts",
     "kernel",
     "bank",
+    "siblings",
     "mlp",
     "attention",
     "batching",

@@ -12,6 +12,7 @@ from models import TASKS, adapt, assert_same, gradients, probe_loss, shake, tiny
 from peml import PemlError, routing
 from peml.bank import BankLinear
 from peml.routing import Forward, Route
+from peml.siblings import group_siblings
 
 
 def bank(linear: nn.Linear, config) -> BankLinear:
@@ -122,7 +123,7 @@ def test_cross_attention_shares_keys_and_values_only() -> None:
     for parent in list(model.children()):
         for name, linear in list(parent.named_children()):
             setattr(parent, name, bank(linear, peml.LoRA(r=1)))
-    peml.bank.group_siblings(model)
+    group_siblings(model)
     for name, wanted in (("EncDecAttention", 2), ("SelfAttention", 3)):
         parent = getattr(model, name)
         assert len(parent.v_proj.siblings.layers) == wanted and parent.o_proj.siblings is None

@@ -1,12 +1,11 @@
-"""The layer that hosts low-rank banks on a frozen linear, and the groups of such layers that read one input."""
+"""The layer that hosts low-rank banks on a frozen linear, and what layers on one input compute."""
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -21,25 +20,8 @@ from peml.errors import PemlError
 from peml.kernel import Branch, low_rank, prepare, run
 from peml.routing import Forward, Route
 
-SIBLINGS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("q_proj", "kv_a_proj_with_mqa"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("query", "key", "value"),
-    ("query_proj", "key_proj", "value_proj"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("q", "k", "v"),
-    ("gate_proj", "up_proj"),
-    ("wi_0", "wi_1"),
-    ("w1", "w3"),
-)
-"""Names of linear layers that read the same input in transformers' models, the one that is called first in front.
-
-A few models call another one first, or give them other inputs: their groups are given up after one forward.
-"""
-
-CROSS = re.compile(r"(cross|encoder_attn|encdec)[^.]*$", re.IGNORECASE)
-"""Attention whose queries read something else than its keys and values do."""
+if TYPE_CHECKING:
+    from peml.siblings import Siblings
 
 
 class BankLinear(nn.Module, BaseTunerLayer):
@@ -117,7 +99,7 @@ class BankLinear(nn.Module, BaseTunerLayer):
             handed = self.siblings.output(self, x, forward)
             if handed is not None:
                 return handed
-        return _hand_over(self, _together((self,), x, forward)[0], forward)
+        return hand_over(self, together((self,), x, forward)[0], forward)
 
     def branch(self, adapter: Adapter, x: Tensor, dtype: torch.dtype, forward: Forward | None) -> Branch:
         """What the kernel computes for this layer."""
@@ -269,74 +251,12 @@ class BankLinear(nn.Module, BaseTunerLayer):
         return "peml." + super().__repr__()
 
 
-class Siblings:
-    """Layers that read one input: the first one called computes them all, the others take what is theirs.
-
-    The results lie in the `Forward`, under the identity of the input. A layer that is called with another input, or
-    outside of a model's forward, computes by itself; a group of which that happens is none from the next forward on.
-    """
-
-    def __init__(self, layers: Sequence[BankLinear]) -> None:
-        self.layers = tuple(layers)
-
-    def output(self, layer: BankLinear, x: Tensor, forward: Forward) -> Tensor | None:
-        """The layer's output, or None if it has to compute by itself."""
-        handed = forward.handed.get(self)
-        if handed is not None and handed[0][0] is x and handed[0][1:] == _state(x) and layer in handed[1]:
-            output = handed[1].pop(layer)
-            if not handed[1]:
-                del forward.handed[self]
-            return _hand_over(layer, output, forward)
-        if layer is not self.layers[0] or self in forward.apart:
-            return None
-        if not (forward.knows(self.layers) or all(stands_alone(other) for other in self.layers)):
-            return None
-        outputs = dict(zip(self.layers, _together(self.layers, x, forward), strict=True))
-        own = outputs.pop(layer)
-        forward.handed[self] = ((x, *_state(x)), outputs)
-        return _hand_over(layer, own, forward)
-
-
 def stands_alone(layer: BankLinear) -> bool:
     """Whether another may compute for a layer: not if its own call fetches weights, or changes what goes in or out."""
     adapter = layer.active()
     if adapter is None or layer._forward_hooks or layer._forward_pre_hooks:
         return False
     return resident(adapter) and not layer.quantized and layer._frozen(layer.base_layer.weight.dtype)[0] is not None
-
-
-def lasting(layers: Sequence[BankLinear], every: Route) -> bool:
-    """Whether what layers need for a batch can be computed ahead for all tasks, whichever it has.
-
-    Not where the core reads the input, or the bank holds the rows of the tasks present alone: all of them at once
-    would cost every batch what the tasks cost together.
-    """
-    for layer in layers:
-        adapter = layer.active()
-        if adapter is None:
-            continue
-        if adapter.reads_input or not stands_alone(layer):
-            return False
-        if adapter.needs_task:
-            one, all_ = (route.to(device_of(layer.base_layer)) for route in (Route.of_ids([0]), every))
-            if any(a.shape != b.shape for a, b in zip(adapter.bank(one), adapter.bank(all_), strict=True)):
-                return False
-    return True
-
-
-def group_siblings(model: nn.Module) -> None:
-    """Tell the layers of a model which of them read one input."""
-    for path, parent in model.named_modules():
-        own = {name: child for name, child in parent.named_children() if isinstance(child, BankLinear)}
-        for layer in own.values():
-            layer.siblings = None
-        for names in SIBLINGS:
-            shared_by = names[1:] if CROSS.search(path) else names
-            group = [own[name] for name in shared_by if name in own and own[name].siblings is None]
-            if len(group) > 1 and len({layer.in_features for layer in group}) == 1:
-                siblings = Siblings(group)
-                for layer in group:
-                    layer.siblings = siblings
 
 
 def device_of(layer: nn.Module) -> torch.device:
@@ -350,12 +270,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _state(x: Tensor) -> tuple[int, bool]:
-    """What must be the same for a result to be handed over: the content of the input, and whether gradients flow."""
-    return (0 if x.is_inference() else x._version), torch.is_grad_enabled()
-
-
-def _hand_over(layer: BankLinear, computed: tuple[Tensor, Tensor | None], forward: Forward | None) -> Tensor:
+def hand_over(layer: BankLinear, computed: tuple[Tensor, Tensor | None], forward: Forward | None) -> Tensor:
     """A layer's output; the loss on its features is counted only now, since it was called with this input indeed."""
     output, hidden = computed
     if hidden is not None and forward is not None and forward.losses is not None and forward.route is not None:
@@ -367,7 +282,7 @@ def _hand_over(layer: BankLinear, computed: tuple[Tensor, Tensor | None], forwar
     return output
 
 
-def _together(layers: tuple[BankLinear, ...], x: Tensor, forward: Forward | None) -> list[tuple[Tensor, Tensor | None]]:
+def together(layers: tuple[BankLinear, ...], x: Tensor, forward: Forward | None) -> list[tuple[Tensor, Tensor | None]]:
     """Outputs of layers with an active adapter on one input, and their features where losses are put on these."""
     dtype, device = compute_dtype(x), x.device.type
     if forward is not None and forward.knows(layers):
@@ -384,7 +299,7 @@ def _together(layers: tuple[BankLinear, ...], x: Tensor, forward: Forward | None
             ready = prepare([layer.branch_of_all(a, dtype, every) for layer, a in pairs], dtype)
             assert forward.prepared is not None
             forward.prepared[layers] = ready._replace(by_task=any(own[3] is not None for own in ready.layers))
-            return _together(layers, x, forward)
+            return together(layers, x, forward)
         branches = [layer.branch(a, x, dtype, forward) for layer, a in zip(layers, adapters, strict=True)]
         dropout = max(a.lora_dropout for a in adapters) if layers[0].training else 0.0
         *outputs, hidden = low_rank(x.to(dtype), branches, dropout)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peml.attached import Attached
 from peml.attention import PromptHost, evaluating, soft
-from peml.bank import lasting
+from peml.bank import BankLinear, device_of, stands_alone
 from peml.errors import PemlError
 from peml.prompts import (
     LayerPrefix,
@@ -128,7 +128,7 @@ class Prompting(Attached):
             if prompt is not None and not reads:
                 with evaluating(self.model):
                     forward = self.with_prefix(forward, None)
-            ready = lasting(layers, all_tasks)
+            ready = _lasting(layers, all_tasks)
         self._kept = replace(forward, prepared={} if ready else None, every=all_tasks if ready else None)
         try:
             yield
@@ -209,3 +209,22 @@ def _chosen(layer: LayerPrefix, tasks: Sequence[int], per_token: bool) -> LayerP
     keys, values = layer.keys[list(tasks)], layer.values[list(tasks)]
     layer = layer._replace(keys=keys, values=values)
     return layer.side_by_side() if per_token and len(tasks) > 1 else layer
+
+
+def _lasting(layers: Sequence[BankLinear], every: Route) -> bool:
+    """Whether what layers need for a batch can be computed ahead for all tasks, whichever it has.
+
+    Not where the core reads the input, or the bank holds the rows of the tasks present alone: all of them at once
+    would cost every batch what the tasks cost together.
+    """
+    for layer in layers:
+        adapter = layer.active()
+        if adapter is None:
+            continue
+        if adapter.reads_input or not stands_alone(layer):
+            return False
+        if adapter.needs_task:
+            one, all_ = (route.to(device_of(layer.base_layer)) for route in (Route.of_ids([0]), every))
+            if any(a.shape != b.shape for a, b in zip(adapter.bank(one), adapter.bank(all_), strict=True)):
+                return False
+    return True

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from peml import attention, routing, saving
 from peml.attached import HOOKS, HOST
 from peml.attention import PromptHost
-from peml.bank import BankLinear, group_siblings
+from peml.bank import BankLinear
 from peml.clusters import Clusters
 from peml.config import PemlConfig
 from peml.errors import PemlError
@@ -28,6 +28,7 @@ from peml.merging import Merging
 from peml.mlp import fuse_mlps
 from peml.prompts import SoftPrompt, WordPromptConfig
 from peml.routing import Forward, Route, Tasks
+from peml.siblings import group_siblings
 
 HEADS_OF_PEFT = ("classifier", "score", "qa_outputs")
 """What PEFT adds to `modules_to_save` for a `task_type`, whether or not the model calls its head so."""
