@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -22,7 +21,7 @@ from rich.text import Text
 from peml.cli_affinity import affinity, transfer
 from peml.cli_evaluate import evaluate
 from peml.cli_plan import plan
-from peml.cli_report import scores_table
+from peml.cli_report import console, scores_table
 from peml.cli_tasks import tasks_app
 from peml.cli_use import export, generate, serve
 from peml.errors import PemlError
@@ -41,8 +40,6 @@ app.command()(generate)
 app.command()(affinity)
 app.command()(transfer)
 app.command()(plan)
-# Under `accelerate launch` every process runs this file; the first one speaks.
-console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 @app.command()

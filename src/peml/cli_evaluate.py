@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from peml.cli_report import console
 from peml.errors import PemlError
-
-console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from peml.training.check import Report, TaskCheck
+
+# Under `accelerate launch` every process runs a command; the first one speaks.
+console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def show_report(report: Report, show: int, console: Console) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from peml.cli_report import console, show_report
 from peml.errors import PemlError
 
 if TYPE_CHECKING:
@@ -42,8 +42,6 @@ tasks_app = typer.Typer(
     cls=_OrSuite,
     invoke_without_command=True,
 )
-# Under `accelerate launch` every process runs this file; the first one speaks.
-console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 @tasks_app.callback()
@@ -81,7 +79,6 @@ def check_tasks(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
     """Read every row of every task before any training; exit code 2 if training would stop."""
-    from peml.cli_report import show_report
     from peml.training.check import check_tasks
 
     with Console(quiet=as_json or not console.is_terminal).status("reading rows"):

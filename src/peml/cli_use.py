@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from peml.cli_report import console
 from peml.errors import PemlError
-
-console = Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def export(
