@@ -13,8 +13,11 @@ from typing import Any
 import click
 import griffe
 import typer
+from filling import drawn, filled
+from method_facts import home_of, page_of
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -64,6 +67,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put in what a page of a method leaves to its code and to the records, and diagrams in the page's own colours."""
+    return drawn(filled(markdown))
 
 
 def recipe_page() -> str:
@@ -185,13 +193,14 @@ def methods_page() -> str:
     lines = [
         "# Methods\n",
         "A method is an adapter, a prompt, and how they are trained. `method: NAME` in a recipe; `set:` changes what "
-        "it has, by `adapter.NAME` and `prompt.NAME`. The classes: [adapters](adapters.md), [prompts](prompts.md).\n",
+        "it has, by `adapter.NAME` and `prompt.NAME`. Which when: [adapters](adapters.md), [prompts](prompts.md).\n",
         "| name | adapter | prompt | regime | a plain LoRA in the end | what it is |\n|---|---|---|---|---|---|",
     ]
     for name, row in METHODS.items():
         own = [
-            "" if part is None else f"[{type(part).__name__}]({page}.md#peml.{type(part).__name__})"
-            for part, page in ((row.adapter, "adapters"), (row.prompt, "prompts"))
+            "" if part is None else f"[{type(part).__name__}]({home_of(part)}.md#peml.{type(part).__name__})"
+            for part in (row.adapter, row.prompt)
         ]
-        lines.append(f"| `{name}` | {own[0]} | {own[1]} | {row.regime} | {row.folds} | {row.summary} |")
+        link = f"[`{name}`]({page_of(name)}.md)"
+        lines.append(f"| {link} | {own[0]} | {own[1]} | {row.regime} | {row.folds} | {row.summary} |")
     return "\n".join(lines) + "\n"
