@@ -9,6 +9,8 @@ from method_facts import facts
 from method_numbers import numbers
 
 DOCS = Path(__file__).parents[1] / "docs"
+STYLE = "width: 24rem; max-width: 100%; height: auto"
+"""Of a diagram, which has no size by itself."""
 
 
 def filled(markdown: str) -> str:
@@ -24,7 +26,7 @@ def drawn(markdown: str) -> str:
         image = (DOCS / found[1]).read_text(encoding="utf-8")
         if "currentColor" not in image:
             return found[0]
-        image = re.sub(r"<style>.*?</style>\n", "", image).replace("<svg ", '<svg style="max-width: 30rem" ', 1)
+        image = re.sub(r"<style>.*?</style>\n", "", image).replace("<svg ", f'<svg style="{STYLE}" ', 1)
         return f"<figure>\n{image.strip()}\n</figure>"
 
     return re.sub(r"^!\[[^\]]*\]\((images/[\w-]+\.svg)\)$", inlined, markdown, flags=re.M)

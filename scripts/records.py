@@ -10,13 +10,13 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 TITLES = {
     "search-toy": "Eight toy tasks",
-    "search-encoder": "Six GLUE tasks on an encoder",
-    "encoder": "Eight GLUE tasks on an encoder",
-    "sharing-toy": "Two families of contrary toy tasks",
-    "sharing-encoder": "Eight GLUE tasks on an encoder, in groups",
+    "search-encoder": "Six GLUE tasks, encoder",
+    "encoder": "Eight GLUE tasks, encoder",
+    "sharing-toy": "Contrary toy tasks",
+    "sharing-encoder": "Eight GLUE tasks, shared or not",
     "transfer-toy": "Halves of the toy tasks",
     "mpt-toy": "Toy tasks, few rows",
-    "mpt-real": "Three tasks on a small Llama, few rows",
+    "mpt-real": "Small Llama, few rows",
 }
 
 

@@ -71,7 +71,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put in what a page of a method leaves to its code and to the records, and diagrams in the page's own colours."""
-    return drawn(filled(markdown))
+    made = filled(markdown)
+    if made != markdown:
+        # Tables are wide: without the list of headings beside them there is more room.
+        page.meta["hide"] = ["toc"]
+    return drawn(made)
 
 
 def recipe_page() -> str:

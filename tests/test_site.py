@@ -26,10 +26,13 @@ def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     page = (tmp_path / "site" / "reference" / "recipe.html").read_text(encoding="utf-8")
     assert all(f"<code>{key}</code>" in page for key in Recipe.model_fields)
     for html in (tmp_path / "site").rglob("*.html"):
-        fetched = re.findall(
-            r'<(?:script|link|img)[^>]*?(?:src|href)="(https?:[^"]*)"', html.read_text(encoding="utf-8")
-        )
+        text = html.read_text(encoding="utf-8")
+        fetched = re.findall(r'<(?:script|link|img)[^>]*?(?:src|href)="(https?:[^"]*)"', text)
         assert not fetched, f"{html.name} fetches {fetched}"
+        assert not re.search("<!-- (facts|numbers):", text), f"{html.name} was not filled"
+    page = (tmp_path / "site" / "methods" / "mtl-lora.html").read_text(encoding="utf-8")
+    assert "131,608: R I + E R O" in page and "../results/search-toy.html" in page and 'id="peml.MTLLoRA"' in page
+    assert "<svg" in (tmp_path / "site" / "axes.html").read_text(encoding="utf-8")
 
 
 def recipes() -> list[tuple[str, dict]]:
