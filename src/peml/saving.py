@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from peml.errors import PemlError
 
@@ -19,6 +20,22 @@ def without_adapter_name(key: str, adapter_name: str) -> str:
     Prompts nest their parameters, so the name is not at the fixed depth that PEFT expects.
     """
     return re.sub(rf"\.({OURS})\.{re.escape(adapter_name)}(?=\.)", r".\1", key)
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor] | None:
+    """A state of the model in which what an adapter's file holds is whole; None: it is whole already.
+
+    Under FSDP2 every process has a part of each parameter, and putting them together is work for all of them: one that
+    does not call this leaves the others waiting. The base's weights stay in parts, because no file of ours holds them.
+    """
+    kept = re.compile(rf"\.({OURS}|modules_to_save)\.")
+    state: dict[str, Tensor] = model.state_dict()
+    if not any(isinstance(value, DTensor) for value in state.values()):
+        return None
+    return {
+        key: value.full_tensor().cpu() if isinstance(value, DTensor) and kept.search(key) else value
+        for key, value in state.items()
+    }
 
 
 def check_fit(model: nn.Module, adapter_name: str, given: Mapping[str, Tensor]) -> None:

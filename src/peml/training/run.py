@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from peml.config import PemlConfig
 from peml.errors import PemlError
+from peml.saving import gathered
 from peml.tasks.metrics import Answers
 from peml.training.arguments import one_line
 from peml.training.bill import peak_memory
@@ -143,9 +144,10 @@ def _joint(recipe: Recipe, launch: Launch, stage: Stage, held: ExitStack) -> Run
     if metrics["collapsed"]:
         tasks = ", ".join(metrics["collapsed"])
         console.print(Text(f"collapsed: {tasks} no better than one answer for every row; try lower rates", "yellow"))
+    state = gathered(model)
     if main:
         write_architecture(folder, bench, trainer, seconds, stages)
-        _save(model, folder)
+        _save(model, folder, state)
         draw_search(folder, trainer)
         write_text(folder.predictions, packed(answers, metrics["after"], bench))
         folder.write_json(folder.metrics, metrics)
@@ -345,7 +347,8 @@ def _same_data(before: Any, now: dict[str, Any], checkpoint: Path | None, folder
         return
     if before is not None and before != now:
         raise PemlError(f"--resume: the rows are not those that the run in {folder.path} was started with")
-    if not (checkpoint / "optimizer.pt").exists():
+    # The second name is accelerate's, under FSDP.
+    if not any((checkpoint / name).exists() for name in ("optimizer.pt", "optimizer.bin")):
         raise PemlError(
             f"--resume: {checkpoint} was saved without its optimizer (save_only_model): train from the start"
         )
@@ -355,13 +358,19 @@ def _step(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
-def _save(model: PeftModel, folder: RunFolder) -> None:
-    """Write the adapter beside its final place, then move it there, so that a kill leaves none or all of it."""
+def _save(model: PeftModel, folder: RunFolder, state: Mapping[str, Any] | None) -> None:
+    """Write the adapter beside its final place, then move it there, so that a kill leaves none or all of it.
+
+    Args:
+        model: that has it.
+        folder: of the run.
+        state: whole tensors, where the model has parts of them.
+    """
     temporary = folder.path / ".adapter"
     if temporary.exists():
         shutil.rmtree(temporary)
     try:
-        model.save_pretrained(str(temporary))
+        model.save_pretrained(str(temporary), **({} if state is None else {"state_dict": state}))
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         check_room(error, folder.adapter, "and go on with --resume")

@@ -121,6 +121,11 @@ class MultiTaskTrainer(BalancedSteps):
             # Never read, since `evaluate` is overridden; without one transformers refuses an `eval_strategy`.
             kwargs.setdefault("eval_dataset", train_dataset)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+        if self.is_fsdp_enabled and self.tuner.parts()["architecture"]:
+            raise PemlError(
+                "a prefix cannot be searched under FSDP, where no process has whole parameters to read gates and costs "
+                "from: use DDP, a prefix that is not searched, or `--architecture`"
+            )
         # The loss is divided by the tokens of the whole step, so accumulation must not divide it again.
         self.loss_is_scaled_for_ga = True
         self.frozen = {*frozen} | ({"architecture"} if bilevel is not None else set())
