@@ -1,15 +1,17 @@
 """PEML's training loop written flat: no Trainer, no recipe, nothing hidden.
 
-`peml train recipes/toy.yaml` does the same with the library (`src/peml/training/`). Run it from a checkout:
-`python examples/flat_loop.py --steps 300`.
+`with_trainer.py` does the same with the library (`src/peml/training/`), to the same weights, bit for bit; `peml train
+toy` does it from a recipe. Run it from a checkout: `python examples/flat_loop.py --steps 300`.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from itertools import count
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 import peml
 from peml.evaluation import average, evaluate_tasks
@@ -23,8 +25,8 @@ from peml.training.workbench import load_base
 BATCH, LENGTH = 32, 64
 
 
-def main(steps: int, seed: int = 0) -> float:
-    """Train on the toy tasks; returns the average score on held-out rows."""
+def train(steps: int, seed: int = 0) -> PeftModel:
+    """The adapted model, trained on the toy tasks."""
     torch.manual_seed(seed)
     tokenizer, base = load_base(Recipe(model="toy", tasks=["toy"]))
     tasks = {task.name: task for task in suite_tasks("toy")}
@@ -43,8 +45,7 @@ def main(steps: int, seed: int = 0) -> float:
         [{"params": tuner.parts()[part], "lr": rate} for part, rate in rates.items()], weight_decay=0.0
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    sampler = MixtureSampler(rows.row_tasks, Mixing(), seed, BATCH, num_samples=steps * BATCH)
-    order = list(sampler)
+    batches = drawn(MixtureSampler(rows.row_tasks, Mixing(), seed, BATCH))
     collate, search_steps = Collator(tokenizer.pad_token_id), round(0.9 * steps)
 
     model.train()
@@ -53,7 +54,7 @@ def main(steps: int, seed: int = 0) -> float:
         tuner.prompt.set_progress(min(1.0, step / search_steps))
         if step == search_steps:
             tuner.prompt.derive()
-        batch = collate([rows[i] for i in order[step * BATCH : (step + 1) * BATCH]])
+        batch = collate([rows[i] for i in next(batches)])
         labels = batch.pop("labels")
         logits = model(**batch).logits
         sums, counts = (
@@ -69,12 +70,27 @@ def main(steps: int, seed: int = 0) -> float:
         optimizer.zero_grad()
         if step % 50 == 0 or step + 1 == steps:
             print(f"step {step:4d}  loss {loss.item():.3f}")
+    return model
 
+
+def drawn(sampler: MixtureSampler) -> Iterator[list[int]]:
+    """Rows of each batch, epoch after epoch; the last batch of an epoch may be smaller."""
+    for epoch in count():
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        yield from (order[start : start + BATCH] for start in range(0, len(order), BATCH))
+
+
+def main(steps: int, seed: int = 0) -> float:
+    """Train and measure; returns the average score on held-out rows."""
+    model = train(steps, seed)
+    tokenizer, _ = load_base(Recipe(model="toy", tasks=["toy"]))
+    tasks = {task.name: task for task in suite_tasks("toy")}
     held_out = {name: task.examples("eval") for name, task in tasks.items()}
     results = evaluate_tasks(model, tokenizer, held_out, tasks, max_length=LENGTH, batch_size=128)
     for name, scores in results.items():
         print(f"{name:12s} {next(iter(scores.values())):.3f}")
-    found = tuner.prompt.architecture()
+    found = model.base_model.prompt.architecture()
     print("cells", " -> ".join(found.operations), " tokens per layer", found.lengths)
     return average(results, tasks)
 
