@@ -8,7 +8,7 @@ import random
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,40 @@ def by_page(language: str) -> dict[str, list[Block]]:
     for block in blocks(language):
         found.setdefault(block.page, []).append(block)
     return found
+
+
+TUTORIAL = "docs/tutorial.md"
+"""The page whose blocks are run in order, commands and Python alike, and whose outputs are compared."""
+
+
+def run_tutorial(folder: Path, run: Callable[[list[str]], None], output: Callable[[], str]) -> None:
+    """Every block of the tutorial, in the current folder.
+
+    Args:
+        folder: which that is.
+        run: runs the words of a command, its program first.
+        output: what was printed since it was called last.
+    """
+    namespace: dict[str, Any] = {}
+    printed = ""
+    for block in (block for block in blocks() if block.page == TUTORIAL):
+        if (name := block.says("file")) is not None:
+            (folder / name).write_text(block.text, encoding="utf-8")
+        elif block.says("output") is not None:
+            assert printed == block.text, f"{block}: {printed}"
+        elif block.says("skip") is not None:
+            continue
+        elif block.language == "bash":
+            for words in commands(block):
+                run(words)
+            printed = output()
+        elif block.language == "python":
+            asks = ADDRESS in block.text
+            with served(open_service(folder / "runs" / "first")) if asks else nullcontext() as server:
+                address = f"http://127.0.0.1:{server.port}" if server else ADDRESS
+                text = "\n" * block.line + block.text.replace(ADDRESS, address)
+                exec(compile(text, str(ROOT / block.page), "exec"), namespace)
+            printed = output()
 
 
 def commands(block: Block) -> Iterator[list[str]]:
@@ -183,6 +217,10 @@ def serving(folder: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{server.port}"
 
 
+def growing(folder: Path) -> dict[str, Any]:
+    return {"model": adapted(folder, adapter=peml.MTLLoRA(r=4))}
+
+
 def regimes(folder: Path) -> dict[str, Any]:
     return {"trainer": Trainer(adapted(folder, prompt=searched()))}
 
@@ -205,6 +243,7 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "README.md": readme,
     "docs/encoders.md": encoders,
     "docs/from-peft.md": from_peft,
+    "docs/how-to/add-a-task.md": growing,
     "docs/methods/adapters.md": adapters,
     "docs/methods/prompts.md": prompts,
     "docs/search-regimes.md": regimes,

@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 import tomllib
+from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import docs_kit as kit
 from docs_kit import Block, blocks, by_page
+from peml.adapters import ADAPTERS
 from peml.cli import main
+from peml.methods import METHODS
 from peml.prompts import OPERATIONS
 from peml.training import Recipe
 from workshop import write_model, write_recipe
@@ -33,7 +36,7 @@ def test_every_block_says_what_it_is() -> None:
 
 def test_every_marker_is_known() -> None:
     heads = {block.marker.split(" ")[0] for block in blocks()}
-    assert heads <= {"", "skip", "run", "file"}
+    assert heads <= {"", "skip", "run", "file", "output"}
     assert all(len(block.says("skip") or "a reason that is long") > 10 for block in blocks())
 
 
@@ -59,11 +62,14 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # TRL 1.16 fills in an old name of transformers 5.23 by itself.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("page", sorted(by_page("python")))
+@pytest.mark.parametrize("page", sorted({*by_page("python")} - {kit.TUTORIAL}))
 def test_python_runs(page: str, small_hub: None, no_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page is one program, from its first block to its last."""
     monkeypatch.chdir(tmp_path)
+    # Pages that add to a table add to a copy of it.
     monkeypatch.setattr("peml.prompts.OPERATIONS", dict(OPERATIONS))
+    monkeypatch.setattr("peml.adapters.ADAPTERS", dict(ADAPTERS))
+    monkeypatch.setattr("peml.methods.METHODS", dict(METHODS))
     namespace = kit.GIVEN[page](tmp_path) if page in kit.GIVEN else {}
     # A page that calls a server gets one.
     calls = any(kit.ADDRESS in block.text for block in by_page("python")[page])
@@ -80,16 +86,40 @@ def test_python_runs(page: str, small_hub: None, no_gpu: None, tmp_path: Path, m
         pytest.skip("; ".join(skipped))
 
 
+@pytest.mark.slow
+def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """From top to bottom, in one folder; what it prints is what the page shows."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(words: list[str]) -> None:
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code, " ".join(words)
+
+    kit.run_tutorial(tmp_path, run, lambda: capsys.readouterr().out)
+
+
+def parse_launch(words: list[str]) -> None:
+    """`accelerate launch --config_file FILE ... -m peml COMMAND`, as accelerate reads it and then we do."""
+    asked = launch_command_parser().parse_args(words)
+    assert asked.module and asked.training_script == "peml", words
+    assert asked.config_file is None or (kit.ROOT / asked.config_file).is_file(), asked.config_file
+    kit.parse(asked.training_script_args)
+
+
 @pytest.mark.parametrize("block", blocks("bash"), ids=str)
 def test_commands_exist(block: Block) -> None:
+    if block.says("skip") and block.page != kit.TUTORIAL:
+        pytest.skip(f"{block}: {block.says('skip')}")
     for words in kit.commands(block):
         while words and "=" in words[0]:  # VARIABLE=value before a command
             words = words[1:]
         program, *rest = words
         if program == "peml":
             kit.parse(rest)
-        elif words[:4] == ["accelerate", "launch", "-m", "peml"]:
-            kit.parse(words[4:])
+        elif words[:2] == ["accelerate", "launch"]:
+            parse_launch(words[2:])
         elif program == "make":
             assert {word for word in rest if "=" not in word} <= TARGETS, words
         elif words[:2] == ["pip", "install"]:
@@ -146,7 +176,10 @@ def recipes_of(page: str) -> list[Block]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page, own in by_page("bash").items() if any(b.says("run") for b in own)])
+@pytest.mark.parametrize(
+    "page",
+    [page for page, own in by_page("bash").items() if page != kit.TUTORIAL and any(b.says("run") for b in own)],
+)
 def test_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder that holds the page's own recipe, or a small one, and rows as the first page has them."""
     monkeypatch.chdir(tmp_path)
