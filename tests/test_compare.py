@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Here:
     def __init__(self, stop_after: int | None = None, fail: Sequence[str] = (), by: int | None = None) -> None:
         self.stop_after, self.fail, self.by = stop_after, fail, by
         self.seen: list[tuple[str, str]] = []
-        self.closed = False
+        self.closed, self.places = False, 1
 
     def submit(self, command: Sequence[str], log: Path) -> Future[int]:
         kind, source, output = command[0], Path(command[1]), Path(command[2])
@@ -291,6 +291,31 @@ def test_folders_of_something_else_are_left_alone(compared: tuple[Path, CompareF
     for key, value in (("seeds", 0), ("workers", 0), ("threads", 0), ("trials", -1)):
         with pytest.raises(PemlError, match=f"--{key} must be"):
             compare(compared[0], tmp_path / "new", methods=THREE, **{key: value})  # type: ignore[arg-type]
+
+
+class InTurn(Here):
+    """Jobs in a thread, one after the other in the order in which they come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = ThreadPoolExecutor(1)
+
+    def submit(self, command: Sequence[str], log: Path) -> Future[int]:
+        return self.pool.submit(lambda: Here.submit(self, command, log).result())
+
+
+@pytest.mark.slow
+def test_all_methods_have_their_first_seed_before_one_has_its_second(tmp_path: Path) -> None:
+    path = small(
+        tmp_path,
+        tune={"held_out": 12, "pruner": "none", "steps": 1},
+        compare={"methods": {"lora": {"match": False}, "mtl-lora": {"match": False}}, "seeds": 2, "trials": 1},
+    )
+    runner = InTurn()
+    compare(path, tmp_path / "out", runner=runner)
+    assert [name for _, name in runner.seen] == [
+        *("lora/tune", "mtl-lora/tune"), *("lora/0", "mtl-lora/0"), *("lora/1", "mtl-lora/1"),
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -178,6 +178,8 @@ class _Jobs:
     def _start(self) -> None:
         for job in self.all:
             before = self.before.get(job)
+            if self.runner.places is not None and len(self.running) >= self.runner.places:
+                return  # what is first in this order when a place is free is not known before
             if job in self.done or job.name in self.failures or job in self.running.values():
                 continue
             if before is not None and before.name in self.failures:

@@ -20,7 +20,14 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Runner(Protocol):
-    """What runs jobs."""
+    """What runs jobs.
+
+    Args:
+        places: jobs that it runs at a time; None: not known here. What is submitted beyond them waits in the order in
+            which it came, which need not be the order in which it is wanted.
+    """
+
+    places: int | None
 
     def submit(self, command: Sequence[str], log: Path) -> Future[int]:
         """Run a job when there is room; the future has its exit status."""
@@ -38,7 +45,7 @@ class LocalRunner:
     """
 
     def __init__(self, workers: int, threads: int) -> None:
-        self.threads = threads
+        self.threads, self.places = threads, workers
         self.pool = ThreadPoolExecutor(workers)
         self.running: set[subprocess.Popen[bytes]] = set()
         self.closed = False
@@ -94,7 +101,8 @@ class RayRunner:
             ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
         except Exception as error:  # Ray has an error type for every way in which a cluster is not there
             raise PemlError(f"--ray {address}: there is no cluster ({error})") from error
-        self.ray, self.threads = ray, threads
+        # A cluster may grow.
+        self.ray, self.threads, self.places = ray, threads, None
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))
         # A job that failed says why; trying it again would hide that.
         self.remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(run_command)
