@@ -45,7 +45,8 @@ class LocalRunner:
     """
 
     def __init__(self, workers: int, threads: int) -> None:
-        self.threads, self.places = threads, workers
+        self.threads = threads
+        self.places: int | None = workers
         self.pool = ThreadPoolExecutor(workers)
         self.running: set[subprocess.Popen[bytes]] = set()
         self.closed = False
@@ -101,8 +102,8 @@ class RayRunner:
             ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
         except Exception as error:  # Ray has an error type for every way in which a cluster is not there
             raise PemlError(f"--ray {address}: there is no cluster ({error})") from error
-        # A cluster may grow.
-        self.ray, self.threads, self.places = ray, threads, None
+        self.ray, self.threads = ray, threads
+        self.places: int | None = None  # a cluster may grow
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))
         # A job that failed says why; trying it again would hide that.
         self.remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(run_command)
