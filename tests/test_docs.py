@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import tomllib
@@ -66,15 +67,14 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_python_runs(page: str, small_hub: None, no_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page is one program, from its first block to its last."""
     monkeypatch.chdir(tmp_path)
-    # Pages that add to a table add to a copy of it.
     monkeypatch.setattr("peml.prompts.OPERATIONS", dict(OPERATIONS))
-    monkeypatch.setattr("peml.adapters.ADAPTERS", dict(ADAPTERS))
-    monkeypatch.setattr("peml.methods.METHODS", dict(METHODS))
     namespace = kit.GIVEN[page](tmp_path) if page in kit.GIVEN else {}
     # A page that calls a server gets one.
     calls = any(kit.ADDRESS in block.text for block in by_page("python")[page])
     skipped = []
-    with kit.serving(tmp_path) if calls else nullcontext(kit.ADDRESS) as address:
+    server = kit.serving(tmp_path) if calls else nullcontext(kit.ADDRESS)
+    # What a page adds to the tables of methods is taken out again.
+    with patch.dict(ADAPTERS), patch.dict(METHODS), server as address:
         for block in by_page("python")[page]:
             if reason := block.says("skip"):
                 skipped.append(f"{block}: {reason}")
