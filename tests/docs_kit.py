@@ -107,7 +107,7 @@ def run_tutorial(folder: Path, run: Callable[[list[str]], None], output: Callabl
             with served(open_service(folder / "runs" / "first")) if asks else nullcontext() as server:
                 address = f"http://127.0.0.1:{server.port}" if server else ADDRESS
                 text = "\n" * block.line + block.text.replace(ADDRESS, address)
-                exec(compile(text, str(ROOT / block.page), "exec"), namespace)
+                exec(compile(text, str(ROOT / block.page), "exec", dont_inherit=True), namespace)
             printed = output()
 
 

@@ -81,7 +81,7 @@ def test_python_runs(page: str, small_hub: None, no_gpu: None, tmp_path: Path, m
                 continue
             # Line numbers of the page in tracebacks.
             text = "\n" * block.line + block.text.replace(kit.ADDRESS, address)
-            exec(compile(text, str(kit.ROOT / page), "exec"), namespace)
+            exec(compile(text, str(kit.ROOT / page), "exec", dont_inherit=True), namespace)
     if skipped:
         pytest.skip("; ".join(skipped))
 
