@@ -276,10 +276,10 @@ def test_an_interrupted_run_goes_on_in_its_stage(tmp_path: Path, monkeypatch: py
     whole = peml.train(mpt(tmp_path), tmp_path / "whole")
     trained = peml.training.run._save
 
-    def save(model: Any, folder: RunFolder) -> None:
+    def save(model: Any, folder: RunFolder, state: Any) -> None:
         if (folder.path.name if folder.path.parent.name == "stages" else "targets") == stage:
             raise Killed
-        trained(model, folder)
+        trained(model, folder, state)
 
     monkeypatch.setattr(peml.training.run, "_save", save)
     bench = peml.training.workbench.prepare(mpt(tmp_path))

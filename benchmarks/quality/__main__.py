@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,6 +70,7 @@ def write(record: Mapping[str, Any], options: Namespace, to: Path) -> None:
     begun, _, how = text.partition("## To make it again")
     command = f"python -m benchmarks.quality {options.table}"
     command += "" if options.table == "toy" else " --data FOLDER --model FOLDER"
+    command += "" if options.methods is None else f" --methods {shlex.join(options.methods)}"
     for name in ("seeds", "trials", "steps"):
         command += "" if getattr(options, name) is None else f" --{name} {getattr(options, name)}"
     versions = how.rstrip().rsplit("\n\n", 1)[-1]
