@@ -49,7 +49,10 @@ def test_one_command_trains_and_records(tmp_path: Path, monkeypatch: pytest.Monk
     assert ended.value.code == 0
     text, record = (tmp_path / "quality-toy.md").read_text(), json.loads((tmp_path / "quality-toy.json").read_text())
     assert text.startswith("# Eight toy tasks on the nano model") and "| peml |" in text and "Short." in text
-    assert "`python -m benchmarks.quality toy --methods lora peml --seeds 1 --steps 2`" in text and "torch" in text.splitlines()[-1]
+    assert (
+        "`python -m benchmarks.quality toy --methods lora peml --seeds 1 --steps 2`" in text
+        and "torch" in text.splitlines()[-1]
+    )
     assert [row["name"] for row in record["methods"]] == ["lora", "peml"]
     assert not {"pictures", "curves", "recipes"} & set(record) and str(tmp_path) not in json.dumps(record) + text
 
