@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
@@ -439,7 +440,9 @@ def test_killed_with_its_jobs_it_goes_on(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     path = small(tmp_path, compare={"methods": ["lora", "mtl-lora"], "seeds": 2}, train={"max_steps": 20})
     command = [sys.executable, "-m", "peml", "compare", str(path), "--output", str(tmp_path / "out"), "--threads", "1"]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # The record says how many threads its process has, and this one may have been given fewer.
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
     begun = tmp_path / "out" / "mtl-lora" / "0" / "log.jsonl"
     deadline = time.monotonic() + 240
     while not begun.exists():
@@ -452,7 +455,7 @@ def test_killed_with_its_jobs_it_goes_on(tmp_path: Path) -> None:
     while _working(tmp_path / "out"):
         assert time.monotonic() < deadline, "a job outlived the command"
         time.sleep(0.2)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 of 4 jobs are finished already" in done.stdout
     assert (tmp_path / "out" / "lora" / "0" / "metrics.json").stat().st_mtime_ns == finished
