@@ -501,8 +501,9 @@ def test_a_tuning_that_was_killed_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "peml", "tune", str(path), "--output", str(killed.path), "--resume"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         until = time.monotonic() + 300
-        # In the middle of the third trial: two are stored, and its log has begun.
-        while not killed.trial(2).log.exists() and process.poll() is None and time.monotonic() < until:
+        # In the middle of the third trial: two are stored, and its log has a whole line, which says what is lost.
+        log = killed.trial(2).log
+        while not (log.exists() and b"\n" in log.read_bytes()) and process.poll() is None and time.monotonic() < until:
             time.sleep(0.002)
         assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
         process.send_signal(signal.SIGKILL)
