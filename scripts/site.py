@@ -49,10 +49,58 @@ OWN_SETTINGS = {
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+RESULTS: Mapping[str, Mapping[str, str]] = {
+    "What methods reach": {
+        "quality-toy": "All methods, toy tasks",
+        "quality-encoder": "Thirteen methods, GLUE",
+        "quality-text": "Text to text",
+        "encoder": "A longer training, GLUE",
+        "mpt-toy": "MPT, toy tasks",
+        "mpt-real": "MPT, real tasks",
+        "balance": "Balances of losses",
+    },
+    "Whether searching matters": {
+        "search-toy": "Toy tasks",
+        "search-encoder": "GLUE",
+        "search-small": "Small budgets",
+        "transfer-toy": "Transfer",
+        "bill-toy": "The bill",
+        "searching": "Time and memory of a step",
+    },
+    "Which tasks share": {
+        "sharing-toy": "Contrary families",
+        "sharing-encoder": "GLUE",
+        "affinity-bill": "The bill of affinity",
+        "clusters": "Memory of clusters",
+    },
+    "What methods cost": {
+        "every": "Every method",
+        "layers": "One linear",
+        "layers-fp32": "One linear, fp32",
+        "groups": "Several of one input",
+        "end-to-end": "A whole model",
+        "end-to-end-fp32": "A whole model, fp32",
+        "tasks": "Number of tasks",
+        "decode": "Decoding",
+        "merged": "Folded weights",
+        "prefix": "A prefix",
+        "prefix-decode": "A prefix, decoding",
+        "soft": "Soft tokens",
+        "serving": "Serving",
+    },
+}
+"""Records of benchmarks/results, by what they answer, with their names in the navigation."""
+
+
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Add what was measured to the navigation."""
-    records = [f"results/{path.name}" for path in sorted((BENCHMARKS / "results").glob("*.md"))]
-    config.nav.append({"Results": ["results/index.md", *records]})
+    made = {path.stem for path in (BENCHMARKS / "results").glob("*.md")}
+    if nowhere := made - {name for titles in RESULTS.values() for name in titles}:
+        raise ValueError(f"scripts/site.py has no title for the records {sorted(nowhere)}")
+    shown: list[dict[str, Any]] = [{"All benchmarks": "results/index.md"}]
+    for group, titles in RESULTS.items():
+        shown.append({group: [{title: f"results/{name}.md"} for name, title in titles.items() if name in made]})
+    config.nav.append({"Results": shown})
     return config
 
 
@@ -75,7 +123,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if made != markdown:
         # Tables are wide: without the list of headings beside them there is more room.
         page.meta["hide"] = ["toc"]
-    return drawn(made)
+    return drawn(made).replace(" ± ", "\u00a0±\u00a0")
 
 
 def recipe_page() -> str:
