@@ -62,7 +62,6 @@ RESULTS: Mapping[str, Mapping[str, str]] = {
     "Whether searching matters": {
         "search-toy": "Toy tasks",
         "search-encoder": "GLUE",
-        "search-small": "Small budgets",
         "transfer-toy": "Transfer",
         "bill-toy": "The bill",
         "searching": "Time and memory of a step",
