@@ -65,7 +65,7 @@ compat: $(STAMP)  ## tests under the lowest and the highest transformers and pef
 audit: $(STAMP)  ## known vulnerabilities of what is pinned; asks the package index
 	$(BIN)/python -m venv build/audit
 	build/audit/bin/pip -qq --disable-pip-version-check install pip-audit
-	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	build/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 bench: $(STAMP)  ## time and memory beside PEFT and the papers; an hour, on an idle machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks all
