@@ -25,9 +25,9 @@ PARTS = {
     "LoRA + prefix by a network": "lora+prefix",
     "PEML": "peml",
 }
-"""The method of each of our variants in the records of cost, by what stands before a comma."""
+"""The method of each of our variants in the records of cost, by what stands before a comma; others have their name."""
 
-COSTS = ("layers", "groups", "end-to-end", "tasks", "decode", "prefix", "prefix-decode", "soft", "searching")
+COSTS = ("every", "layers", "groups", "end-to-end", "tasks", "decode", "prefix", "prefix-decode", "soft", "searching")
 KINDS = {"Linear": "One linear, forward and backward", "Group": "Sibling linears, forward and backward"}
 
 
@@ -49,7 +49,8 @@ def costs(names: Sequence[str]) -> dict[tuple[str, str, str], list[dict[str, Any
                     variant = row["name"].removeprefix("peml ")
                     if variant.startswith("T="):
                         question, variant = f"Four tasks in a batch, of 4 to 256: {of}", kind
-                    if PARTS[variant.split(",")[0]] in names:
+                    part = variant.split(",")[0]
+                    if PARTS.get(part, part) in names:
                         own = {**row, "case": case}
                         found.setdefault((record, question, variant), []).append(own)
     return found
