@@ -139,13 +139,13 @@ def test_tuning(tmp_path: Path, tried: Tried) -> None:
 
     def same(one: Path, other: Path) -> None:
         best = [yaml.safe_load((folder / "best.yaml").read_text(encoding="utf-8")) for folder in (one, other)]
-        assert best[0]["train"].keys() == best[1]["train"].keys()
+        assert best[0]["train"] == best[1]["train"]
 
     kills = killed_until(
         max(1, KILLS // 10), tmp_path / "straight",
         lambda folder, again: ["tune", path, "--trials", "2", "--output", folder, *(["--resume"] if again else [])], same,
     )  # fmt: skip
-    tried("SIGKILL during `peml tune`; it goes on to as many trials", kills)
+    tried("SIGKILL during `peml tune`; it goes on, and finds what one finds that nobody killed", kills)
 
 
 @pytest.mark.parametrize("form", ["merged", "lora"])
@@ -172,7 +172,7 @@ def test_export(form: str, tmp_path: Path, tried: Tried) -> None:
 
 def test_comparison(tmp_path: Path, tried: Tried) -> None:
     arguments = recipe(tmp_path)["train"] | {"max_steps": 4, "save_steps": 2, "logging_steps": 1}
-    compare = {"methods": {"lora": {"match": False}}, "seeds": 2}
+    compare = {"methods": {"lora": {"match": False}, "mtl-lora": {"match": False}}, "seeds": 2}
     path = write_recipe(tmp_path, method="lora", set={}, train=arguments, evaluate_before=False, compare=compare)
 
     def same(one: Path, other: Path) -> None:
@@ -181,7 +181,7 @@ def test_comparison(tmp_path: Path, tried: Tried) -> None:
         assert [job["state"] for job in states[0]] == [job["state"] for job in states[1]]
 
     kills = killed_until(
-        max(1, KILLS // 50), tmp_path / "straight", lambda folder, _: ["compare", path, "--output", folder], same
+        max(1, KILLS // 20), tmp_path / "straight", lambda folder, _: ["compare", path, "--output", folder], same
     )
     tried("SIGKILL during `peml compare`; called again it ends with the same weights", kills)
 
