@@ -577,6 +577,29 @@ def test_runs_from_before_a_tuning_are_not_taken_for_tuned_ones(tmp_path: Path) 
     assert runner.seen == []
 
 
+def test_rows_that_have_changed_are_compared_with_no_others(tmp_path: Path) -> None:
+    path = small(tmp_path, compare={"methods": ["lora", "mtl-lora"]})
+    folder = compare(path, tmp_path / "out", seeds=1, runner=Here())
+    rows_file = tmp_path / "train.jsonl"
+    rows_file.write_text("".join(reversed(rows_file.read_text().splitlines(keepends=True))))
+    runner = Here()
+    with pytest.raises(PemlError, match=r"the rows of .*size.* have changed since the comparison in .*out began"):
+        compare(path, folder.path, seeds=2, runner=runner)
+    assert runner.seen == []
+    folder.rows.write_text("{")
+    with pytest.raises(PemlError, match=r"rows.json is damaged"):
+        compare(path, folder.path, seeds=2, runner=runner)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("eval_steps", 1), ("save_steps", 1), ("eval_strategy", "epoch"), ("bf16", True)]
+)
+def test_no_method_chooses_its_weights_on_other_terms(tmp_path: Path, key: str, value: Any) -> None:
+    path = small(tmp_path, compare={"methods": {"lora": {}, "peml": {"train": {key: value}}}})
+    with pytest.raises(PemlError, match=rf"compare.methods.peml: .*train.{key} must be the same for all methods"):
+        plan(load_recipe(path))
+
+
 @pytest.mark.parametrize("key", ["per_device_train_batch_size", "gradient_accumulation_steps", "max_length"])
 def test_what_decides_the_rows_is_tuned_for_no_method(tmp_path: Path, key: str) -> None:
     ranges = {f"train.{key}": [2, 4]}

@@ -59,7 +59,7 @@ def write_run(folder: Path, own: Mapping[str, int], seed: int, data: str = "rows
 def found(tmp_path: Path) -> dict[str, Any]:
     entries = tuple(Entry(name, {"method": "lora", "set": {}}, 110, {}) for name in RIGHT)
     recipe = load_recipe(small(tmp_path)).model_copy(update={"compare": Compare(methods={})})
-    plan = Plan(recipe, entries, 100, "lora", SEEDS, {"size": ("accuracy",), "color": ("accuracy",)})
+    plan = Plan(recipe, entries, 100, "lora", SEEDS, {"size": ("accuracy",), "color": ("accuracy",)}, {})
     folder = CompareFolder(tmp_path / "out")
     for entry in entries:
         for seed in SEEDS:

@@ -24,6 +24,7 @@ from peml.tasks import (
     encode_prompts,
     suite_tasks,
 )
+from peml.tasks.render import render
 from peml.tasks.source import Source, Split
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -80,6 +81,8 @@ def test_json_and_parquet_hold_lists_of_rows(tmp_path: Path) -> None:
         ("a.jsonl", '{"x": 1}\n[1]\n', r"a.jsonl:2: the row must be a JSON object .* not \[1\]"),
         ("a.jsonl", '{"x": 1}\n\n{"x": 1}\n', "a.jsonl:2: the line is blank"),
         ("a.jsonl", b'{"x": 1}\n{"x": "\xff"}\n', "a.jsonl:2: byte 8 of the line is not UTF-8"),
+        ("a.jsonl", '{"x": 1}\n{"x": 1, "x": 2}\n', r"a.jsonl:2: .*the field 'x' is there twice"),
+        ("a.json", '[{"x": 1, "x": 2}]', r"a.json: .*the field 'x' is there twice"),
         ("a.jsonl", "[" * 100_000, "a.jsonl:1: the line is not valid JSON"),
         ("a.jsonl", "", "a.jsonl is empty"),
         ("a.jsonl", "\n\n", "a.jsonl is empty"),
@@ -227,6 +230,23 @@ def test_a_row_becomes_an_example() -> None:
 @pytest.mark.parametrize(("raw", "key"), [(True, "true"), (1, 1), ("YES", "yes"), (1.5, "1.5"), (" 1 ", "1")])
 def test_labels_map_raw_values_of_any_plain_type(raw: Any, key: Any) -> None:
     assert ask({"text": "t", "team": raw}, labels={key: "billing"}).answer == "billing"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ row['note'] | upper }}",
+        "{{ 'a' ~ row['note'] }}",
+        "{{ deep.null | trim }}",
+        "{{ deep.list | join(' ') }}",
+        "{{ deep }}",
+    ],
+)
+def test_no_filter_makes_a_text_of_a_null(template: str) -> None:
+    row = TICKET | {"deep": {"null": None, "list": ["a", None]}}
+    with pytest.raises(PemlError, match=r"is empty \(null\)"):
+        render(template, row, "prompt")
+    assert render("{{ deep | tojson }} {{ deep.list[0] }}", row, "prompt") == '{"list": ["a", null], "null": null} a'
 
 
 def test_templates_may_ask_whether_a_field_is_null() -> None:

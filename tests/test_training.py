@@ -206,8 +206,10 @@ def test_runs_are_never_mixed_and_nothing_of_others_is_removed(tmp_path: Path) -
     with pytest.raises(PemlError, match=r"run already holds files: add --resume, --overwrite, or another --output"):
         train(path, tmp_path / "run")
     (tmp_path / "run" / "notes.txt").write_text("mine")
+    # Weights that were exported are those of the run before.
+    (RunFolder(tmp_path / "run").exports / "lora").mkdir(parents=True)
     train(path, tmp_path / "run", overwrite=True)
-    assert (tmp_path / "run" / "notes.txt").exists()
+    assert (tmp_path / "run" / "notes.txt").exists() and not RunFolder(tmp_path / "run").exports.exists()
     with pytest.raises(PemlError, match="contradict each other"):
         train(path, tmp_path / "run", overwrite=True, resume=True)
     # A project of the user's, with a recipe and checkpoints of its own, is no run.
@@ -216,6 +218,31 @@ def test_runs_are_never_mixed_and_nothing_of_others_is_removed(tmp_path: Path) -
         with pytest.raises(PemlError, match="holds no run of peml: it is not"):
             train(path, tmp_path, **{how: True})  # type: ignore[arg-type]
     assert path.exists() and (tmp_path / "train.jsonl").exists()
+
+
+def test_a_metric_of_a_group_that_is_not_there_is_named(tmp_path: Path) -> None:
+    tasks = recipe(tmp_path)["tasks"]
+    tasks[0] |= {"group": "color", "metrics": ["accuracy", "accuracy/red", "accuracy/bleu"]}
+    path = write_recipe(tmp_path, method="lora", set={}, tasks=tasks)
+    with pytest.raises(PemlError, match=r"task 'size': .* group of its metric 'accuracy/bleu'.* are blue, red"):
+        train(path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rate_that_waits_for_a_plateau_looks_at_the_average(tmp_path: Path) -> None:
+    own = recipe(tmp_path)["train"] | {
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5, "threshold": 10.0},
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "logging_steps": 1,
+        "max_steps": 4,
+    }
+    path = write_recipe(tmp_path, method="lora", set={}, evaluate_before=False, train=own)
+    folder = train(path, tmp_path / "run")
+    rates = [json.loads(line).get("learning_rate") for line in folder.log.read_text().splitlines()]
+    seen = [rate for rate in rates if rate is not None]
+    assert seen[-1] < seen[0] and folder.finished
 
 
 @pytest.mark.parametrize("arguments", [{"adam_beta1": 2.0}, {"lr_scheduler_kwargs": {"bad": 1}}, {"optim": "nope"}])

@@ -12,11 +12,15 @@ from rich.console import Console
 def plan(
     recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file.")],
     gpus: Annotated[int, typer.Option(min=1, help="Devices that train together.")] = 1,
-    memory: Annotated[float | None, typer.Option(help="Memory of each, in 10^9 bytes: says what fits.")] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0.1, help="Memory of each, in 10^9 bytes: says what fits.")
+    ] = None,
     model_config: Annotated[
         Path | None, typer.Option(help="Folder with a config.json, in place of the recipe's model.")
     ] = None,
-    tasks: Annotated[int | None, typer.Option(min=1, help="Number of tasks, in place of the recipe's.")] = None,
+    tasks: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="Number of tasks, in place of the recipe's.")
+    ] = None,
 ) -> None:
     """Work out the memory of a training, and what it sends between devices, by formula; reads no weights, no rows."""
     from peml.planning import plan as work_out

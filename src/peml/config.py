@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -79,7 +80,7 @@ class PemlConfig(PeftConfig):
         wrong = [name for name in self.task_names if not isinstance(name, str) or not name.strip()]
         if wrong:
             raise PemlError(f"task_names must be texts that are not empty, not {wrong[0]!r}")
-        repeated = sorted({name for name in self.task_names if self.task_names.count(name) > 1})
+        repeated = sorted(name for name, often in Counter(self.task_names).items() if often > 1)
         if repeated:
             raise PemlError(f"task_names repeats {', '.join(repeated)}: every task needs a name of its own")
         self.adapter = part_from_dict("adapter", ADAPTERS, self.adapter)

@@ -129,6 +129,8 @@ def method(
             raise PemlError(f"set.{axis}.{next(iter(changes))} does not apply: method {name!r} has no {axis}")
         if changes:
             parts[axis] = changed(f"set.{axis}", parts[axis], changes)
+    if isinstance(task_names, str):
+        raise PemlError(f"task_names must be a list of names, not the text {task_names!r}")
     return PemlConfig(task_names=list(task_names), **parts, **config)
 
 

@@ -106,14 +106,15 @@ class Job:
 class CompareFolder:
     """Names of a comparison's files.
 
-    `recipe.yaml` (resolved), `results.json`, and of every method a folder with one run for each seed (`METHOD/0`), the
-    recipe and the output of its process beside it (`0.yaml`, `0.log`), its tuning (`tune`) and its costs
-    (`costs.json`).
+    `recipe.yaml` (resolved), `rows.json` (fingerprints of the tasks' rows), `results.json`, and of every method a folder
+    with one run for each seed (`METHOD/0`), the recipe and the output of its process beside it (`0.yaml`, `0.log`), its
+    tuning (`tune`) and its costs (`costs.json`).
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser()
         self.recipe = self.path / "recipe.yaml"
+        self.rows = self.path / "rows.json"
         self.results = self.path / "results.json"
 
     @classmethod
@@ -180,6 +181,7 @@ class CompareFolder:
         there = self.path.is_dir() and any(not part.name.startswith(".") for part in self.path.iterdir())
         if there and not self._ours():
             raise PemlError(f"{self.path} is not empty and holds no comparison: choose another --output")
+        self._check_rows(plan.rows)
         for entry in plan.entries:
             tuned = entry.ranges is not None
             if tuned:
@@ -194,6 +196,22 @@ class CompareFolder:
                         f"the run in {job.output} was trained before all {plan.section.trials} trials of its tuning: "
                         "choose another --output, or remove that folder"
                     )
+
+    def _check_rows(self, rows: Mapping[str, str]) -> None:
+        """Refuse rows that have changed since the comparison began: its table would mix trainings on both.
+
+        Raises:
+            PemlError: naming the tasks.
+        """
+        try:
+            before = self.read_json(self.rows) if self.rows.exists() else {}
+        except ValueError as error:
+            raise PemlError(f"{self.rows} is damaged ({error}): choose another --output") from None
+        if changed := [name for name, mark in rows.items() if before.get(name, mark) != mark]:
+            raise PemlError(
+                f"the rows of {', '.join(changed)} have changed since the comparison in {self.path} began: "
+                "choose another --output, or remove that folder"
+            )
 
     def _ours(self) -> bool:
         try:
@@ -247,6 +265,7 @@ class CompareFolder:
         """Make the folder, after `check`."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.recipe, COMPARED + plan.recipe.to_yaml().removeprefix(RESOLVED))
+        RunFolder(self.path).write_json(self.rows, plan.rows)
 
     def begin(self, job: Job, recipe: Recipe | None) -> None:
         """Write what a job starts from, and clear away what a kill left before anything was stored."""

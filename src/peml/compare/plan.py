@@ -14,6 +14,7 @@ from peml.config import PemlConfig
 from peml.errors import PemlError
 from peml.methods import WHERE, match_params, named, trainable_parameters
 from peml.training.contenders import Compare, Contender, check_ranges, read_contender
+from peml.training.predictions import fingerprint
 from peml.training.ranges import Tune, ends
 from peml.training.recipe import Recipe, validated
 from peml.training.workbench import Workbench, prepare
@@ -84,6 +85,7 @@ class Plan:
         baseline: name of the method that the others are tested against.
         seeds: of the runs of each method.
         tasks: metrics of each, by name.
+        rows: fingerprint of the rows of each, as the recipe's own seed draws them.
     """
 
     recipe: Recipe
@@ -92,6 +94,7 @@ class Plan:
     baseline: str
     seeds: tuple[int, ...]
     tasks: Mapping[str, tuple[str, ...]]
+    rows: Mapping[str, str]
 
     @property
     def section(self) -> Compare:
@@ -145,8 +148,9 @@ def plan(recipe: Recipe, methods: Sequence[str] | None = None, **changes: Any) -
     seeds = tuple(range(recipe.seed, recipe.seed + section.seeds))
     entries = [_drawn(entry, seeds, bench) for entry in entries]
     tasks = {name: tuple(task.metrics) for name, task in bench.tasks.items()}
+    rows = {name: fingerprint((*bench.train[name], *bench.eval[name])) for name in bench.tasks}
     whole = recipe.model_copy(update={"compare": section})
-    return Plan(whole, tuple(entries), budget, str(section.baseline), seeds, tasks)
+    return Plan(whole, tuple(entries), budget, str(section.baseline), seeds, tasks, rows)
 
 
 def _reference(recipe: Recipe, section: Compare, wanted: Sequence[str]) -> str | None:

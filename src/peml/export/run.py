@@ -73,7 +73,7 @@ def export_run(
     if dtype not in DTYPES:
         raise PemlError(f"--dtype {dtype} is unknown: choose {', '.join(DTYPES)}")
     one = f"{form}-{folder_name(tasks[0])}" if len(tasks) == 1 else form
-    output = check_new(output or Path(run) / "export" / one)
+    output = check_new(output or RunFolder(run).exports / one)
     # In single precision: what is folded in is rounded once, where it is written.
     opened = partial(open_adapter, run, dtype="float32", attn_implementation=None)
     recipe, tokenizer, model = opened()

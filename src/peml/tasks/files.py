@@ -146,9 +146,18 @@ def _read_jsonl(path: Path) -> Iterator[Item]:
         yield (line if isinstance(line, PemlError) else _parsed(line, origin)), origin
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; a field that is there twice is refused, where JSON would forget the first without a word."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return row
+
+
 def _parsed(line: str, origin: str) -> Row | PemlError:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         cut = "" if line.endswith("\n") else "; the file ends here, so it may be cut off"
         return PemlError(f"{origin}: the line is not valid JSON ({error}){cut}")
@@ -163,7 +172,7 @@ def _read_json(path: Path) -> Iterator[Item]:
     if broken or not text.strip():
         return
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         origin = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
         lines = "; for one object per line use the suffix .jsonl" if "Extra data" in str(error) else ""

@@ -16,7 +16,7 @@ _EMPTY = "a field that it asks for is empty (null)"
 class _Null(Undefined):
     """A field that is null: false and equal to none, but no text, not even for a filter."""
 
-    __str__ = __iter__ = __len__ = Undefined._fail_with_undefined_error
+    __str__ = __repr__ = __iter__ = __len__ = Undefined._fail_with_undefined_error
 
     def __eq__(self, other: object) -> bool:
         return other is None or isinstance(other, _Null)
@@ -32,6 +32,22 @@ def _is_null(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def _marked(value: Any) -> Any:
+    """A value whose nulls, however deep, are no text to any filter."""
+    if _is_null(value):
+        return _NULL
+    if isinstance(value, dict):
+        return {key: _marked(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_marked(inner) for inner in value]
+    return value
+
+
+def _as_json(value: Any) -> None:
+    if not isinstance(value, _Null):
+        raise TypeError(f"a {type(value).__name__} has no form in JSON")
+
+
 def _present(value: Any) -> Any:
     # Jinja would write "None", "nan" and Python's names of things into the prompt, and the model would learn that.
     if _is_null(value):
@@ -44,6 +60,7 @@ def _present(value: Any) -> Any:
 
 
 _JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False, finalize=_present)
+_JINJA.policies["json.dumps_kwargs"] = {"sort_keys": True, "default": _as_json}
 _JINJA.tests["none"] = lambda value: value is None or isinstance(value, _Null)
 
 
@@ -61,8 +78,8 @@ def fields_of(template: str) -> list[str]:
 def render(template: str, row: Row, where: str) -> str:
     """The template filled in with the fields of a row, which `row` holds too."""
     try:
-        fields = {name: _NULL if _is_null(value) else value for name, value in row.items()}
-        return compiled(template).render({"row": row, **fields})
+        fields = _marked(row)
+        return compiled(template).render({"row": fields, **fields})
     except UndefinedError as error:
         known = ", ".join(map(str, row)) or "none"
         raise PemlError(f"{where} asks for what the row lacks ({error}); its fields are: {known}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -80,6 +81,8 @@ _OURS = {
     "remove_unused_columns": "the tasks of the rows must reach the model",
     "resume_from_checkpoint": "use --resume",
     "data_seed": "rows are drawn by `seed`",
+    "ignore_data_skip": "a training that goes on sees the rows that it has not seen, so that it ends the same",
+    "greater_is_better": "that follows from metric_for_best_model: of a loss less is better, of every score more",
     "train_sampling_strategy": "rows are drawn by `mixing`",
     "hub_token": "set HF_TOKEN in the environment: the recipe is stored with the run",
 }
@@ -106,6 +109,8 @@ def checked(train: Mapping[str, Any]) -> dict[str, Any]:
             raise PemlError(f"train.{key} must be {_AT_LEAST[key]:g} or more, not {value!r}")
         if number is not None and key in _BELOW and number >= _BELOW[key]:
             raise PemlError(f"train.{key} must be below {_BELOW[key]:g}, not {value!r}")
+    if out.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+        raise PemlError("train.use_liger_kernel needs its package: pip install liger-kernel")
     if out.get("after_search") == "keep" and out.get("finetune_fraction", DEFAULTS["finetune_fraction"]) not in (
         0,
         DEFAULTS["finetune_fraction"],
@@ -140,6 +145,9 @@ def training_arguments(train: Mapping[str, Any], learning_rate: float, output_di
         given.pop("max_steps")
     if chooses_best(train):
         given = _with_best(given)
+    elif given.get("lr_scheduler_type") == "reduce_lr_on_plateau":
+        # transformers would look for a loss, which is measured for each task by itself.
+        given |= {"metric_for_best_model": AVERAGE, "greater_is_better": True}
     given.setdefault("learning_rate", learning_rate)
     given.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     given.setdefault("save_strategy", "steps")

@@ -13,11 +13,13 @@ from peml.training.entries import Section, first_problem
 
 _SAME = (
     *("seed", "max_steps", "num_train_epochs", "output_dir", "max_length", "dtype"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16"),
     *("dataloader_drop_last", "auto_find_batch_size", "early_stopping_patience", "early_stopping_threshold"),
-    *("load_best_model_at_end", "metric_for_best_model"),
+    *("load_best_model_at_end", "metric_for_best_model", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
+    *("save_strategy", "save_steps", "save_total_limit"),
 )
-"""Keys of `train` that decide which rows are seen, in which order and how often, and which step's weights are kept."""
+"""Keys of `train` that decide which rows are seen, in which order and how often, in what numbers, and which step's
+weights are kept: of more measurements the best is better."""
 
 
 class Contender(Section):

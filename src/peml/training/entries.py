@@ -236,6 +236,8 @@ def first_problem(error: ValidationError, allowed: Sequence[str], foreign: Mappi
         if foreign is not None and name in foreign:
             return f"{key} is called `{foreign[name]}` here"
         return f"unknown key {key}{near(name, allowed)}; allowed are {', '.join(allowed)}"
+    if problem["type"] == "too_short" and not problem["input"]:
+        return f"{key} is empty: name at least one"
     if problem["type"] == "missing":
         return f"the key {key} is missing"
     return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"

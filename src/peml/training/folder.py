@@ -32,7 +32,8 @@ class RunFolder:
     `recipe.yaml` (resolved), `adapter/` (PEFT's), `metrics.json`, `log.jsonl`, `checkpoints/`; `predictions.json`, what
     was answered to every evaluation row; `evaluation.json` and `harness.json`, what was measured later, by us and
     by lm-eval; `architecture.json` and its pictures where one was searched; `affinity.json` and its picture where
-    clusters were found; and `stages/`, the runs of a regime's earlier stages.
+    clusters were found; `stages/`, the runs of a regime's earlier stages; and `export/`, where exports go that are told
+    no other place.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -48,6 +49,7 @@ class RunFolder:
         self.picture, self.curves = self.path / "architecture.svg", self.path / "search.svg"
         self.affinity, self.affinities = self.path / "affinity.json", self.path / "affinity.svg"
         self.stages = self.path / "stages"
+        self.exports = self.path / "export"
 
     @classmethod
     def existing(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -101,7 +103,7 @@ class RunFolder:
     def create(self, *, overwrite: bool = False) -> None:
         """Make the folder, after `check`; of an overwritten run only its own files are removed."""
         if overwrite:
-            for part in (self.adapter, self.checkpoints, self.stages):
+            for part in (self.adapter, self.checkpoints, self.stages, self.exports):
                 shutil.rmtree(part, ignore_errors=True)
             for file in (
                 self.metrics,

@@ -323,6 +323,21 @@ def load_recipe(path: str | Path, **changes: Any) -> Recipe:
     return validated({**data, **changes}, path)
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and no key twice: YAML would forget the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is there twice", key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> Any:
     """What a YAML file holds.
 
@@ -331,7 +346,7 @@ def read_yaml(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        return yaml.safe_load(_found(path).read_text(encoding="utf-8"))
+        return yaml.load(_found(path).read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise PemlError(
             f"there is no recipe {path}: give a file, or one of the package ({', '.join(sorted(SHIPPED))})"

@@ -29,7 +29,7 @@ from peml.errors import PemlError
 from peml.evaluation import evaluate_tasks, measure
 from peml.evaluation.scoring import pad_id
 from peml.heads import Heads
-from peml.tasks import Example, Form, Task, encode_choices, encode_prompts
+from peml.tasks import Example, FileSource, Form, Task, encode_choices, encode_prompts
 from peml.tasks.encode_heads import check_heads, encode_heads
 from peml.tasks.encode_seq2seq import encode_seq2seq
 from peml.tasks.metrics import Answers
@@ -129,8 +129,26 @@ class Workbench:
             else:
                 encoded = encode_prompts(self.tokenizer, self.eval[name], self.max_length, task.max_new_tokens)
             shortened[name] = sum(row.truncated for row in encoded)
+            self._check_groups(task)
             measure(task, [e.answer if e.value is None else repr(e.value) for e in self.eval[name]], self.eval[name])
         return shortened
+
+    def _check_groups(self, task: Task) -> None:
+        """Refuse a metric of a group that a file of the user's own has not; suites may be there in part.
+
+        Raises:
+            PemlError: naming it, and the groups that there are.
+        """
+        if not isinstance(task.source, FileSource) or task.source.held_out is not None:
+            return
+        there = sorted({row.group for row in (*self.train.get(task.name, ()), *self.eval[task.name]) if row.group})
+        for metric in task.metrics:
+            group = metric.partition("/")[2]
+            if group and group not in there:
+                raise PemlError(
+                    f"task {task.name!r}: no row belongs to the group of its metric {metric!r}; the groups of its rows "
+                    f"are {', '.join(there) or 'none'}"
+                )
 
     def evaluate(
         self,
