@@ -106,9 +106,9 @@ class Job:
 class CompareFolder:
     """Names of a comparison's files.
 
-    `recipe.yaml` (resolved), `rows.json` (fingerprints of the tasks' rows), `results.json`, and of every method a folder
-    with one run for each seed (`METHOD/0`), the recipe and the output of its process beside it (`0.yaml`, `0.log`), its
-    tuning (`tune`) and its costs (`costs.json`).
+    `recipe.yaml` (resolved), `rows.json` (fingerprints of the tasks' rows), `results.json`, and of every method a
+    folder with one run for each seed (`METHOD/0`), the recipe and the output of its process beside it (`0.yaml`,
+    `0.log`), its tuning (`tune`) and its costs (`costs.json`).
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
