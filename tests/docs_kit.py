@@ -253,6 +253,16 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
 """What a page has at hand before its first line of Python."""
 
 
+def write_orders(path: Path, count: int = 200) -> Path:
+    """Rows as the README has them, of words that the small model knows."""
+    rng = random.Random(0)
+    things = {"kitchen": ["bread", "soup", "tea"], "garden": ["tulip", "lily"], "tools": ["hammer", "chisel"]}
+    shelves = rng.choices([*things], k=count)
+    lines = [json.dumps({"text": f"lena bought {rng.choice(things[shelf])} today", "shelf": shelf}) for shelf in shelves]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
 def write_tickets(path: Path, count: int = 200) -> Path:
     """Rows as the first page has them."""
     rng = random.Random(0)

@@ -185,6 +185,7 @@ def test_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path)
     (tmp_path / "data").mkdir()
+    kit.write_orders(tmp_path / "orders.jsonl")
     for folder in (tmp_path, tmp_path / "data"):
         kit.write_tickets(folder / "tickets.jsonl")
     for block in recipes_of(page):
