@@ -258,7 +258,9 @@ def write_orders(path: Path, count: int = 200) -> Path:
     rng = random.Random(0)
     things = {"kitchen": ["bread", "soup", "tea"], "garden": ["tulip", "lily"], "tools": ["hammer", "chisel"]}
     shelves = rng.choices([*things], k=count)
-    lines = [json.dumps({"text": f"lena bought {rng.choice(things[shelf])} today", "shelf": shelf}) for shelf in shelves]
+    lines = [
+        json.dumps({"text": f"lena bought {rng.choice(things[shelf])} today", "shelf": shelf}) for shelf in shelves
+    ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
