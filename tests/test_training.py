@@ -212,6 +212,9 @@ def test_runs_are_never_mixed_and_nothing_of_others_is_removed(tmp_path: Path) -
     assert (tmp_path / "run" / "notes.txt").exists() and not RunFolder(tmp_path / "run").exports.exists()
     with pytest.raises(PemlError, match="contradict each other"):
         train(path, tmp_path / "run", overwrite=True, resume=True)
+    for wrong in (path, path / "run"):
+        with pytest.raises(PemlError, match=r"recipe.yaml is a file: give a folder for the run"):
+            train(path, wrong)
     # A project of the user's, with a recipe and checkpoints of its own, is no run.
     (tmp_path / "checkpoints").mkdir()
     for how in ("overwrite", "resume"):

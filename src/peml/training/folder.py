@@ -89,8 +89,9 @@ class RunFolder:
         """
         if resume and overwrite:
             raise PemlError("--resume and --overwrite contradict each other: choose one")
-        if self.path.exists() and not self.path.is_dir():
-            raise PemlError(f"{self.path} is a file: give a folder for the run")
+        for place in (self.path, *self.path.parents):
+            if place.is_file():
+                raise PemlError(f"{place} is a file: give a folder for the run")
         # A run that was killed before its first word leaves empty folders and its lock.
         if not any(file.is_file() and file.name != LOCK for file in self.path.rglob("*")):
             return
