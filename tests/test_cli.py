@@ -172,7 +172,7 @@ def test_methods_are_compared_and_reported(peml, tmp_path: Path, monkeypatch: py
     assert "failed: mtl-lora, seed 0: it was not to be" in said and "1 of 2 jobs failed" in said
     runner.fail = []
     code, said, _ = peml("compare", path, "--methods", "lora,mtl-lora", "--seeds", "1", "--output", out)
-    assert code == 0 and "1 of 2 jobs are finished already" in said and f"peml report {out}" in " ".join(said.split())
+    assert code == 0 and "1 of 2 jobs are finished already" in said and f"pemlreport{out}" in "".join(said.split())
     code, said, _ = peml("report", out)
     assert code == 0 and "report.html" in said and (out / "report.md").exists()
     code, _, errors = peml("report", tmp_path)
